@@ -1,0 +1,1 @@
+"""Algorithms, free of any host framework."""

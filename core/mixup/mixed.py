@@ -1,0 +1,182 @@
+"""The result of mixing a batch, and what every mixing method checks first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grid import Grid
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Regions of one input that change place, as indices on a grid.
+
+    Attributes:
+        grid: (rows, cols).
+        sample, place, source: (k,) int64 each: in ``sample``, region ``source`` goes to ``place``.
+    """
+
+    grid: Grid
+    sample: Tensor
+    place: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, source: np.ndarray, grid: Grid, shown: np.ndarray, device: torch.device) -> Moves:
+        """From plans (B, n); moves into hidden places are left out, nobody sees them."""
+        sample, place = np.nonzero((source != np.arange(source.shape[1])) & shown.reshape(source.shape))
+        moved = np.stack([sample, place, source[sample, place]])
+        return cls(grid, *torch.from_numpy(moved).to(device))
+
+    def apply(self, t: Tensor) -> Tensor:
+        """Move regions of (B, ..., H, W); a copy where anything moves."""
+        if not len(self.sample):
+            return t
+        rows, cols = self.grid
+        out = t.clone()
+        source, target = _regions(t, rows, cols), _regions(out, rows, cols)
+        target[self.sample, self.place // cols, self.place % cols] = source[
+            self.sample, self.source // cols, self.source % cols
+        ]
+        return out
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A mixed batch.
+
+    Attributes:
+        inputs: like the inputs, (B, C, H, W) or (B, C, L).
+        targets: (B, K) float32, the labels of both inputs weighted by their share of the area.
+        mask: (B, H, W) or (B, L) float32, share of the first input at each position.
+        partner: (B,) int64, who the second input is.
+        moves: the transport of the first and of the second inputs, or None.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    partner: Tensor
+    moves: tuple[Moves, Moves] | None = None
+
+    def apply(self, t: Tensor) -> Tensor:
+        """The same mix on anything aligned with the inputs: depth maps, masks, features.
+
+        Args:
+            t: (B, ..., H', W') for images, (B, ..., L') for 1-d inputs. The sides may differ from
+                the inputs' where the grid of the mix divides them. Integer and boolean tensors
+                take the source with the larger share (the first one at a half).
+
+        Returns:
+            Like ``t``.
+
+        Raises:
+            ValueError: another batch size, or sides that the grid of the mix does not divide.
+        """
+        flat = self.mask.ndim == 2
+        mask = self.mask.unsqueeze(1) if flat else self.mask
+        if len(t) != len(mask) or t.ndim < self.mask.ndim:
+            raise ValueError(f"t has shape {tuple(t.shape)}; give ({len(mask)}, ..., H, W) aligned with the inputs")
+        image = t.unsqueeze(-2) if flat else t
+        if mask.shape[1:] != image.shape[-2:]:
+            mask = self._resized(mask, image.shape[-2:])
+        out = self.blend(image, image[self.partner], mask)
+        return out.squeeze(-2) if flat else out
+
+    def blend(self, first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+        """Transport both (B, ..., H, W) and combine them under ``mask`` (B, H, W)."""
+        if self.moves is not None:
+            first, second = self.moves[0].apply(first), self.moves[1].apply(second)
+        share = mask.view(len(mask), *[1] * (first.ndim - 3), *mask.shape[1:])
+        if not first.is_floating_point():
+            return torch.where(share >= 0.5, first, second)
+        # lerp would give NaN where the hidden side is not finite
+        share = share.to(first.dtype)
+        return torch.where(share == 1, first, torch.where(share == 0, second, torch.lerp(second, first, share)))
+
+    def _resized(self, mask: Tensor, size: torch.Size) -> Tensor:
+        grids = [m.grid for m in self.moves] if self.moves is not None else []
+        rows, cols = grids[0] if grids else mask.shape[1:]
+        if size[0] % rows or size[1] % cols:
+            raise ValueError(f"t has sides {tuple(size)}, which the mix's {rows}x{cols} grid does not divide")
+        return F.interpolate(mask.unsqueeze(1), size=tuple(size), mode="nearest").squeeze(1)
+
+
+def one_hot(y: Tensor, num_classes: int, batch: int) -> Tensor:
+    """(B,) class ids or (B, K) soft or multi-hot labels as (B, K) float32.
+
+    Raises:
+        ValueError: wrong shape, ids outside 0..K-1, negative or non-finite weights.
+    """
+    if y.ndim == 1 and len(y) == batch and not y.is_floating_point() and y.dtype != torch.bool:
+        low, high = (int(v) for v in y.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"y holds class ids from {low} to {high}; num_classes={num_classes} allows 0 to {num_classes - 1}"
+            )
+        return F.one_hot(y.long(), num_classes).float()
+    if y.shape == (batch, num_classes):
+        y = y.float()
+        if not bool((torch.isfinite(y) & (y >= 0)).all()):
+            raise ValueError("y holds negative or non-finite label weights; give weights >= 0")
+        return y
+    raise ValueError(
+        f"y is {y.dtype} of shape {tuple(y.shape)}; "
+        f"give ({batch},) integer class ids or ({batch}, {num_classes}) weights"
+    )
+
+
+def draw_rng(generator: torch.Generator | None) -> np.random.Generator:
+    """A numpy generator seeded by one draw from ``generator`` (the default one if None)."""
+    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+
+
+def resolve_partner(partner: Tensor | None, batch: int, rng: np.random.Generator, device: torch.device) -> Tensor:
+    """Indices of the second inputs: the given ones checked, or a random permutation.
+
+    Raises:
+        ValueError: a batch of one with no partner given, or partners of another shape or range.
+    """
+    if partner is None:
+        if batch < 2:
+            raise ValueError(
+                "x is a batch of one, which has nobody to mix with; use larger batches (drop_last=True in the loader) "
+                "or give partner="
+            )
+        return torch.from_numpy(rng.permutation(batch)).to(device)
+    partner = torch.as_tensor(partner, device=device)
+    if partner.shape != (batch,) or partner.is_floating_point() or partner.min() < 0 or partner.max() >= batch:
+        raise ValueError(f"partner has shape {tuple(partner.shape)}; give ({batch},) indices from 0 to {batch - 1}")
+    return partner.long()
+
+
+def resolve_lam(lam: float | Tensor | None, alpha: float, batch: int, rng: np.random.Generator) -> Tensor:
+    """Expected share of the first input, (B,) float64: the given one checked, or Beta(alpha, alpha).
+
+    Raises:
+        ValueError: a value outside [0, 1], or a tensor that is not (B,).
+    """
+    if lam is None:
+        lam = rng.beta(alpha, alpha) if alpha > 0 else 1.0
+    out = torch.as_tensor(lam, dtype=torch.float64).cpu()
+    if out.ndim > 1 or (out.ndim == 1 and len(out) != batch) or not bool(((out >= 0) & (out <= 1)).all()):
+        raise ValueError(f"lam={lam} must be a number in [0, 1] or a ({batch},) tensor of such numbers")
+    return out.expand(batch)
+
+
+def check_constructor(num_classes: int, alpha: float) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes} must be at least 1")
+    if not alpha >= 0:
+        raise ValueError(f"alpha={alpha} must not be negative; 1.0 draws the share uniformly")
+
+
+def _regions(t: Tensor, rows: int, cols: int) -> Tensor:
+    """(B, ..., H, W) as a view (B, rows, cols, ..., H / rows, W / cols)."""
+    t = t.unflatten(-1, (cols, -1)).unflatten(-3, (rows, -1))  # ..., rows, bh, cols, bw
+    return t.movedim((-4, -2), (1, 2))

@@ -1,0 +1,187 @@
+"""Saliency of an input: the norm of the loss gradient at each position (thesis 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Forward = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+# float16 loses gradients below 6e-8; the loss is scaled up by the first of these that stays finite.
+_HALF_SCALES = (2.0**14, 2.0**7, 1.0)
+
+
+def input_gradient(
+    forward: Forward,
+    x: Tensor,
+    y: Tensor,
+    loss_fn: Loss = F.cross_entropy,
+    resolution: float = 1.0,
+) -> Tensor:
+    """Gradient of the loss with respect to the input, without a trace on the model.
+
+    An ``nn.Module`` runs in evaluation mode; afterwards every module's training flag, every
+    buffer, every parameter's ``.grad`` and the random state are what they were. Pass the bare
+    module: not the DDP wrapper and not the compiled one. Any other callable runs as it is.
+
+    Args:
+        forward: maps ``x`` to logits.
+        x: inputs, (B, C, H, W) or (B, C, L), any floating dtype.
+        y: what ``loss_fn`` takes as target, (B,) class ids or (B, K).
+        loss_fn: ``loss_fn(logits, y)`` averaged over the batch; logits arrive in float32.
+        resolution: in (0, 1]; below 1 the gradient is taken on an input downsized by this factor
+            (antialiased bilinear) and repeated up to the size of ``x``. Cheaper, and the model must
+            accept the smaller size.
+
+    Returns:
+        float32 tensor of the shape of ``x``: B times the gradient of the batch mean, so that a
+        sample's gradient does not depend on the batch size.
+
+    Raises:
+        ValueError: ``x`` is no floating batch of one of these shapes, holds non-finite values, or
+            ``resolution`` is outside (0, 1].
+
+    References:
+        Thesis section 3.4; Simonyan et al., "Deep inside convolutional networks", 2014.
+    """
+    check_batch(x)
+    if not 0 < resolution <= 1:
+        raise ValueError(f"resolution={resolution} must lie in (0, 1]; 0.5 halves each side")
+    small = x.detach()
+    if resolution < 1:
+        size = [max(1, round(n * resolution)) for n in x.shape[2:]]
+        small = _downsize(small, size)
+    with torch.enable_grad(), _untouched(forward, x.device):
+        small = small.detach().requires_grad_()
+        loss = _loss(forward, small, y, loss_fn) * len(x)
+        g = _scaled_grad(loss, [small])[0].float()
+    if g.shape != x.shape:
+        g = F.interpolate(g, size=x.shape[2:], mode="nearest")
+    return g
+
+
+def clean_loss(forward: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss = F.cross_entropy) -> tuple[Tensor, Tensor]:
+    """The loss on unmixed inputs, and the input gradient from the same pass.
+
+    The regulariser of thesis 3.5: the mixed loss plus ``weight * loss`` trains on both. The model
+    runs in the mode it is in (training mode updates batch-norm statistics). The graph is freed
+    before this returns, so two graphs never live at once, and the loss can be added to one that
+    was computed through ``DistributedDataParallel``: its gradients arrive at the parameters in the
+    same backward pass and are reduced with the others.
+
+    Args:
+        forward: the bare module.
+        x: inputs, (B, C, H, W) or (B, C, L).
+        y: what ``loss_fn`` takes as target.
+        loss_fn: ``loss_fn(logits, y)``, averaged over the batch.
+
+    Returns:
+        (loss, gradient): a scalar whose backward adds d loss / d parameter, and the gradient as
+        :func:`input_gradient` gives it.
+    """
+    check_batch(x)
+    parameters = [p for p in forward.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        loss = _loss(forward, x, y, loss_fn)
+        g, *parameter_grads = _scaled_grad(loss, [x, *parameters])
+    return _KnownGradient.apply(loss.detach(), parameter_grads, *parameters), g.float() * len(x)
+
+
+def saliency(gradient: Tensor) -> Tensor:
+    """Saliency map: root mean square of the gradient over channels, normalised to sum to one.
+
+    Args:
+        gradient: (B, C, H, W) or (B, C, L), any floating dtype.
+
+    Returns:
+        (B, H, W) or (B, L), float32, non-negative. A sample whose gradient is zero or not finite
+        gets the uniform map.
+
+    Raises:
+        ValueError: ``gradient`` has another number of dimensions.
+
+    References:
+        Thesis section 3.4, s(x); the released code's ``sqrt(mean_c g_c^2)``.
+    """
+    if gradient.ndim not in (3, 4):
+        raise ValueError(f"gradient has shape {tuple(gradient.shape)}; give (B, C, H, W) or (B, C, L)")
+    g = gradient.float()
+    axes = tuple(range(1, g.ndim))
+    peak = g.abs().amax(axes, keepdim=True)
+    s = (g / peak).square_().mean(1).sqrt_()  # the peak first: squares of tiny gradients underflow
+    s = s / s.sum(axes[:-1], keepdim=True)
+    usable = (torch.isfinite(peak) & (peak > 0)).view(-1, *[1] * (s.ndim - 1))
+    return torch.where(usable, s, torch.full_like(s, 1 / s[0].numel()))
+
+
+def check_batch(x: Tensor) -> None:
+    """Raise unless ``x`` is a finite floating batch (B, C, H, W) or (B, C, L)."""
+    if x.ndim not in (3, 4) or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating (B, C, H, W) or (B, C, L)")
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"x holds non-finite values in samples {bad[:8]}; clean the input or its normalisation")
+
+
+def _downsize(x: Tensor, size: list[int]) -> Tensor:
+    if len(size) == 1:
+        return F.interpolate(x.unsqueeze(2), size=[1, *size], mode="bilinear", antialias=True).squeeze(2)
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True)
+
+
+def _loss(forward: Forward, x: Tensor, y: Tensor, loss_fn: Loss) -> Tensor:
+    logits = forward(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return loss_fn(logits.float(), y)
+
+
+def _scaled_grad(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """``torch.autograd.grad`` with the loss scaled where float16 takes part."""
+    device = inputs[0].device.type
+    half = inputs[0].dtype == torch.float16 or (
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    )
+    if not half:
+        return list(torch.autograd.grad(loss, inputs))
+    for scale in _HALF_SCALES:
+        last = scale == _HALF_SCALES[-1]
+        grads = torch.autograd.grad(loss * scale, inputs, retain_graph=not last)
+        if last or all(torch.isfinite(g).all() for g in grads):
+            break
+    # float32, or the division would bring the underflow back
+    return [g.float() / scale for g in grads]
+
+
+@contextmanager
+def _untouched(forward: Forward, device: torch.device) -> Iterator[None]:
+    """Evaluation mode for an ``nn.Module``; flags and random state restored on exit."""
+    modules = list(forward.modules()) if isinstance(forward, nn.Module) else []
+    flags = [m.training for m in modules]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for m in modules:
+                m.training = False
+            yield
+        finally:
+            for m, flag in zip(modules, flags, strict=True):
+                m.training = flag
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradient with respect to the parameters is already known."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        return None, None, *[g * upstream.to(g.dtype) for g in ctx.grads]

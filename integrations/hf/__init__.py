@@ -1,0 +1,1 @@
+"""Functions for Hugging Face ``datasets``."""

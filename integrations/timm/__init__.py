@@ -1,0 +1,1 @@
+"""Puzzle Mix inside timm training."""
