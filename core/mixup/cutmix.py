@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .grid import as_image
-from .mixed import Mixed, check_constructor, draw_rng, one_hot, resolve_lam, resolve_partner
+from .mixed import Mixed, blend, check_constructor, draw_rng, one_hot, resolve_lam, resolve_partner
 from .saliency import check_batch
 
 
@@ -63,8 +63,8 @@ class CutMix:
         mask = torch.ones(len(x), height, width, device=x.device)
         mask[:, spans[0], spans[1]] = 0
         ratio = mask[0].mean()
-        mixed = Mixed(x, labels * ratio + labels[partner] * (1 - ratio), mask, partner)
-        out = mixed.blend(image, image[partner], mask)
+        targets = labels * ratio + labels[partner] * (1 - ratio)
+        out = blend(image, image[partner], mask, None)
         if x.ndim == 3:
-            return Mixed(out.squeeze(2), mixed.targets, mask.squeeze(1), partner)
-        return Mixed(out, mixed.targets, mask, partner)
+            out, mask = out.squeeze(2), mask.squeeze(1)
+        return Mixed(out, targets, mask, partner)

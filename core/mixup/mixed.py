@@ -55,6 +55,7 @@ class Mixed:
         targets: (B, K) float32, the labels of both inputs weighted by their share of the area.
         mask: (B, H, W) or (B, L) float32, share of the first input at each position.
         partner: (B,) int64, who the second input is.
+        grid: (rows, cols) of the mask's regions, None where it has none (CutMix).
         moves: the transport of the first and of the second inputs, or None.
     """
 
@@ -62,49 +63,57 @@ class Mixed:
     targets: Tensor
     mask: Tensor
     partner: Tensor
+    grid: Grid | None = None
     moves: tuple[Moves, Moves] | None = None
 
     def apply(self, t: Tensor) -> Tensor:
-        """The same mix on anything aligned with the inputs: depth maps, masks, features.
+        """The same mix on anything aligned with the inputs: depth maps, segmentations, features.
 
         Args:
             t: (B, ..., H', W') for images, (B, ..., L') for 1-d inputs. The sides may differ from
-                the inputs' where the grid of the mix divides them. Integer and boolean tensors
+                the inputs' where the regions of the mix divide them. Integer and boolean tensors
                 take the source with the larger share (the first one at a half).
 
         Returns:
             Like ``t``.
 
         Raises:
-            ValueError: another batch size, or sides that the grid of the mix does not divide.
+            ValueError: another batch size, or sides that the regions of the mix do not divide.
         """
-        flat = self.mask.ndim == 2
-        mask = self.mask.unsqueeze(1) if flat else self.mask
-        if len(t) != len(mask) or t.ndim < self.mask.ndim:
-            raise ValueError(f"t has shape {tuple(t.shape)}; give ({len(mask)}, ..., H, W) aligned with the inputs")
-        image = t.unsqueeze(-2) if flat else t
-        if mask.shape[1:] != image.shape[-2:]:
-            mask = self._resized(mask, image.shape[-2:])
-        out = self.blend(image, image[self.partner], mask)
-        return out.squeeze(-2) if flat else out
+        if len(t) != len(self.mask) or t.ndim < self.mask.ndim:
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}; give ({len(self.mask)}, ..., H, W) aligned with the inputs"
+            )
+        line = self.mask.ndim == 2
+        image, mask = (t.unsqueeze(-2), self.mask.unsqueeze(1)) if line else (t, self.mask)
+        size = image.shape[-2:]
+        if mask.shape[1:] != size:
+            grid = self.moves[0].grid if self.moves else self.grid
+            if grid and (size[0] % grid[0] or size[1] % grid[1]):
+                raise ValueError(
+                    f"t has sides {tuple(size)}, which the mix's {grid[0]}x{grid[1]} regions do not divide"
+                )
+            mask = F.interpolate(mask.unsqueeze(1), size=size, mode="nearest").squeeze(1)
+        finite = not t.is_floating_point() or bool(torch.isfinite(t).all())
+        out = blend(image, image[self.partner], mask, self.moves, finite)
+        return out.squeeze(-2) if line else out
 
-    def blend(self, first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
-        """Transport both (B, ..., H, W) and combine them under ``mask`` (B, H, W)."""
-        if self.moves is not None:
-            first, second = self.moves[0].apply(first), self.moves[1].apply(second)
-        share = mask.view(len(mask), *[1] * (first.ndim - 3), *mask.shape[1:])
-        if not first.is_floating_point():
-            return torch.where(share >= 0.5, first, second)
-        # lerp would give NaN where the hidden side is not finite
-        share = share.to(first.dtype)
-        return torch.where(share == 1, first, torch.where(share == 0, second, torch.lerp(second, first, share)))
 
-    def _resized(self, mask: Tensor, size: torch.Size) -> Tensor:
-        grids = [m.grid for m in self.moves] if self.moves is not None else []
-        rows, cols = grids[0] if grids else mask.shape[1:]
-        if size[0] % rows or size[1] % cols:
-            raise ValueError(f"t has sides {tuple(size)}, which the mix's {rows}x{cols} grid does not divide")
-        return F.interpolate(mask.unsqueeze(1), size=tuple(size), mode="nearest").squeeze(1)
+def blend(
+    first: Tensor, second: Tensor, mask: Tensor, moves: tuple[Moves, Moves] | None, finite: bool = True
+) -> Tensor:
+    """Transport both (B, ..., H, W) and combine them, ``mask`` (B, H, W) being the first one's share.
+
+    With ``finite=False`` a NaN or infinity that the mask hides stays hidden.
+    """
+    if moves is not None:
+        first, second = moves[0].apply(first), moves[1].apply(second)
+    share = mask.view(len(mask), *[1] * (first.ndim - 3), *mask.shape[1:])
+    if not first.is_floating_point():
+        return torch.where(share >= 0.5, first, second)
+    share = share.to(first.dtype)
+    mixed = torch.lerp(second, first, share)
+    return mixed if finite else torch.where(share == 1, first, torch.where(share == 0, second, mixed))
 
 
 def one_hot(y: Tensor, num_classes: int, batch: int) -> Tensor:

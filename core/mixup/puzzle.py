@@ -13,7 +13,7 @@ from torch import Tensor
 from .adversarial import Adversarial, Noise, unnormalise
 from .grid import Grid, as_image, mask_costs, pool, region_distances, resolve_grid
 from .labelling import check_solver, solve_mask
-from .mixed import Mixed, Moves, check_constructor, draw_rng, one_hot, resolve_lam, resolve_partner
+from .mixed import Mixed, Moves, blend, check_constructor, draw_rng, one_hot, resolve_lam, resolve_partner
 from .saliency import check_batch
 from .transport import TRANSPORTS, plan_transport
 
@@ -193,12 +193,12 @@ class PuzzleMix:
         first, second = image, image[partner]
         if noise is not None and gradient is not None and self.adversarial is not None:
             first, second = self.adversarial.finish(first, second, partner, noise, as_image(gradient), rng)
-        out = Mixed(image, targets, mask, partner, moves).blend(first, second, mask)
+        out = blend(first, second, mask, moves)
         if x.ndim == 3:
-            return Mixed(out.squeeze(2), targets, mask.squeeze(1), partner, moves)
-        if x.is_contiguous(memory_format=torch.channels_last):
+            out, mask = out.squeeze(2), mask.squeeze(1)
+        elif x.is_contiguous(memory_format=torch.channels_last):
             out = out.contiguous(memory_format=torch.channels_last)
-        return Mixed(out, targets, mask, partner, moves)
+        return Mixed(out, targets, mask, partner, cells, moves)
 
     def _check_saliency(self, s: Tensor, x: Tensor) -> Tensor:
         expected = (len(x), *x.shape[2:])
