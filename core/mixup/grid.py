@@ -7,6 +7,7 @@ row. Everything here is batched and runs on the device of its input.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,10 +49,10 @@ def resolve_grid(grid: int | Grid, size: tuple[int, ...]) -> Grid:
     Raises:
         ValueError: the grid is not positive or does not divide the size.
     """
-    if isinstance(grid, int):
-        rows, cols = (1, grid) if len(size) == 1 else (grid, grid)
-    else:
+    if isinstance(grid, Sequence):
         rows, cols = grid
+    else:
+        rows, cols = (1, int(grid)) if len(size) == 1 else (int(grid), int(grid))
     height, width = size if len(size) == 2 else (1, *size)
     if rows < 1 or cols < 1 or height % rows or width % cols:
         side = math.gcd(height, width) if len(size) == 2 else width

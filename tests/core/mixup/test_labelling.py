@@ -1,6 +1,9 @@
 """The mask solvers: exact against brute force and each other, never worse than the released code."""
 
 import importlib.util
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,3 +245,17 @@ def test_solvers_are_deterministic_and_leave_their_input():
         np.testing.assert_array_equal(solve_mask(costs, solver), solve_mask(costs, solver))
     for a, b in zip(before, (costs.unary, costs.down, costs.right), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_kernels_release_the_gil_and_are_cached_on_disk():
+    costs = random_costs(np.random.default_rng(0), 8, 16, 16, 3, convex=True)
+    solve_mask(costs)  # compiled
+    many = MaskCosts(*(np.tile(a, (400, *[1] * (a.ndim - 1))) for a in (costs.unary, costs.down, costs.right)))
+    worker = threading.Thread(target=solve_mask, args=(many,))
+    worker.start()
+    turns = 0
+    while worker.is_alive():
+        turns += 1
+        time.sleep(0.001)
+    assert turns > 20  # a kernel that holds the GIL lets this thread run only before and after it
+    assert list(Path(descend.stats.cache_path).glob("*descend*.nbi"))
