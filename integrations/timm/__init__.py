@@ -1,1 +1,29 @@
-"""Puzzle Mix inside timm training."""
+"""Puzzle Mix inside timm training.
+
+Names are imported on first use, so that ``dataopt train`` can let a timm checkout beside its
+``train.py`` come first, as ``python train.py`` does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .collate import PuzzleCollate
+    from .mixup import PuzzleMixup
+    from .sidecar import SaliencyFolder
+    from .task import PuzzleMixTask
+
+__all__ = ["PuzzleCollate", "PuzzleMixTask", "PuzzleMixup", "SaliencyFolder"]
+
+_MODULES = {"PuzzleCollate": "collate", "PuzzleMixTask": "task", "PuzzleMixup": "mixup", "SaliencyFolder": "sidecar"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] not in ("timm", "torchvision"):
+            raise
+        raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[timm]'", name=e.name) from e

@@ -1,0 +1,183 @@
+"""The command line's ``--puzzle-*`` options, and the objects that they describe."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dataopt.core.mixup import Adversarial, PuzzleMix
+
+if TYPE_CHECKING:
+    from torch import nn
+
+METHODS = ("puzzle",)
+
+
+def mixup_value(text: str) -> str | float:
+    """The value of ``--mixup``: a method's name, or a number for timm's own mixup.
+
+    Raises:
+        argparse.ArgumentTypeError: neither.
+    """
+    if text in METHODS:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"unknown method {text!r}; available: {', '.join(METHODS)}, or a number, the alpha of timm's own mixup"
+        ) from None
+
+
+def stop(message: str) -> NoReturn:
+    """One line on the error stream, exit status 2."""
+    print(f"dataopt train: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The options in a YAML file, as timm's ``-c`` takes it; stops where it is not one."""
+    import yaml  # comes with timm
+
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as e:
+        stop(f"--config {path} cannot be read: {e}")
+    if not isinstance(values, dict):
+        stop(f"--config {path} holds {type(values).__name__}; give a YAML mapping of options")
+    return values
+
+
+def add_puzzle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the ``--puzzle-*`` group; defaults are :class:`PuzzleMix`'s own."""
+    default = {name: p.default for name, p in inspect.signature(PuzzleMix).parameters.items()}
+    add = parser.add_argument_group(
+        "Puzzle Mix (dataopt), used with --mixup puzzle",
+        "--cutmix, --mixup-prob, --mixup-switch-prob, --mixup-mode batch|elem, --mixup-off-epoch, --smoothing and "
+        "--bce-loss act as they do on timm's mixup. --train-script PATH says which train.py of timm's runs.",
+    ).add_argument
+    for name, meaning in (
+        ("alpha", "the expected share is drawn from Beta(alpha, alpha)"),
+        ("beta", "label smoothness"),
+        ("gamma", "data smoothness, relative to beta, at most 1"),
+        ("eta", "weight of the mixing prior"),
+        ("transport-cost", "price of moving a region"),
+    ):
+        value = default[name.replace("-", "_")]
+        add(f"--puzzle-{name}", type=float, default=value, metavar="X", help=f"{meaning} (default: {value})")
+    add("--puzzle-labels", type=int, default=default["labels"], metavar="N", help="labels of the mask (default: 3)")
+    add(
+        "--puzzle-grids",
+        type=_grid,
+        nargs="+",
+        default=list(default["grids"]),
+        metavar="N",
+        help="grids of the mask, N or ROWSxCOLS, one drawn per batch (default: 2 4 8 16)",
+    )
+    add("--puzzle-neigh-size", type=int, default=default["neigh_size"], metavar="PX", help="border pixels averaged")
+    add("--puzzle-data-term", choices=("released", "thesis"), default=default["data_term"])
+    add("--puzzle-transport", choices=("iterative", "exact", "none"), default=default["transport"])
+    add("--puzzle-transport-patch", type=int, metavar="PX", help="side of the regions that move (default: the mask's)")
+    add("--puzzle-solver", choices=("auto", "numba", "scipy", "gco"), default=default["solver"])
+    add("--puzzle-clean-weight", type=float, default=0.0, metavar="X", help="weight of the loss on unmixed inputs")
+    add(
+        "--puzzle-saliency-resolution",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="below 1, saliency from inputs downsized by this factor",
+    )
+    add("--puzzle-adv-prob", type=float, default=0.0, metavar="P", help="probability of adversarial noise (default: 0)")
+    add("--puzzle-adv-eps", type=float, default=10 / 255, metavar="X", help="its radius, of [0, 1] pixels (10/255)")
+    add("--puzzle-adv-step", type=float, metavar="X", help="its step (default: eps + 2/255)")
+    add("--puzzle-adv-shared-draw", action="store_true", help="perturb both inputs of a pair, or neither")
+    add("--puzzle-adv-no-decay", action="store_true", help="do not scale the noise by a uniform draw")
+
+
+def puzzle_mix(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> PuzzleMix:
+    """The :class:`PuzzleMix` that the options describe, for ``args.num_classes`` classes."""
+    adversarial = None
+    if args.puzzle_adv_prob > 0:
+        step = args.puzzle_adv_step if args.puzzle_adv_step is not None else args.puzzle_adv_eps + 2 / 255
+        adversarial = Adversarial(
+            args.puzzle_adv_prob,
+            args.puzzle_adv_eps,
+            step,
+            shared_draw=args.puzzle_adv_shared_draw,
+            decay=not args.puzzle_adv_no_decay,
+        )
+    return PuzzleMix(
+        args.num_classes,
+        alpha=args.puzzle_alpha,
+        beta=args.puzzle_beta,
+        gamma=args.puzzle_gamma,
+        eta=args.puzzle_eta,
+        labels=args.puzzle_labels,
+        grids=[tuple(g) if isinstance(g, list) else g for g in args.puzzle_grids],  # YAML has no tuples
+        neigh_size=args.puzzle_neigh_size,
+        data_term=args.puzzle_data_term,
+        transport=None if args.puzzle_transport == "none" else args.puzzle_transport,
+        transport_cost=args.puzzle_transport_cost,
+        transport_patch=args.puzzle_transport_patch,
+        adversarial=adversarial,
+        solver=args.puzzle_solver,
+        mean=mean,
+        std=std,
+    )
+
+
+def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: float) -> dict[str, Any]:
+    """Arguments of ``PuzzleMixTask``, but for the criterion, from timm's options and ours.
+
+    Args:
+        args: timm's options, ``num_classes`` resolved, and the ``--puzzle-*`` ones.
+        model: the model, whose configuration may hold mean and std; None before there is one.
+        cutmix: what the user gave as ``--cutmix``.
+    """
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config(vars(args), model=model)
+    channels = config["input_size"][0]
+    mean, std = _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
+    return dict(
+        mix=puzzle_mix(args, mean, std),
+        prob=args.mixup_prob,
+        cutmix_alpha=cutmix,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        off_epoch=args.mixup_off_epoch,
+        clean_weight=args.puzzle_clean_weight,
+        saliency_resolution=args.puzzle_saliency_resolution,
+        seed=args.seed,
+    )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Stop on values that Puzzle Mix does not take, before a model is built."""
+    from .mixup import BatchMixer
+
+    if args.mixup_mode == "pair":
+        stop("--mixup puzzle does not go with --mixup-mode pair: Puzzle Mix has batch and elem")
+    trial = argparse.Namespace(**{**vars(args), "num_classes": args.num_classes or 1})
+    try:
+        settings = task_settings(trial, None, args.cutmix)
+        del settings["off_epoch"]
+        BatchMixer(**settings)
+    except ValueError as e:
+        stop(f"--mixup puzzle: {e}")
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """As timm's loader does where a model's statistics have other channels: their average."""
+    values = [float(v) for v in values]
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def _grid(text: str) -> int | tuple[int, int]:
+    rows, cross, cols = text.partition("x")
+    return (int(rows), int(cols)) if cross else int(rows)

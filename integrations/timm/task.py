@@ -1,0 +1,174 @@
+"""Puzzle Mix as a timm training task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from dataopt.core.mixup import PuzzleMix
+from timm.loss import BinaryCrossEntropy
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+
+from .mixup import BatchMixer
+
+_logger = logging.getLogger(__name__)
+
+
+class PuzzleMixTask(ClassificationTask):
+    """Classification on batches mixed by Puzzle Mix.
+
+    Takes the loader's batches (normalised inputs, class ids), mixes them in training, and returns
+    timm's ``{"loss", "output"}``. The saliency comes from the bare module under the wrappers, so
+    DDP hooks, compiled graphs and parameter gradients are not touched. In evaluation mode and from
+    ``off_epoch`` on, targets stay soft and nothing is mixed.
+
+    Args:
+        model: the model to train.
+        criterion: takes (logits, soft targets (B, K)); None builds timm's from ``criterion_kwargs``.
+        mix: how to mix, with the loader's ``mean`` and ``std``.
+        criterion_kwargs: for ``timm.loss.create_classification_loss``; ``soft_targets`` is set.
+        prob, cutmix_alpha, switch_prob, mode, smoothing, clean_weight, saliency_resolution, seed:
+            see :class:`BatchMixer`.
+        off_epoch: no mixing from this epoch on, as timm's ``--mixup-off-epoch``; 0 never stops. The
+            training loop calls :meth:`set_epoch`.
+        device, dtype, verbose: as in timm.
+
+    Raises:
+        ValueError: a criterion that takes class indices only, or what :class:`BatchMixer` raises.
+
+    Examples:
+        >>> import timm, torch
+        >>> from dataopt.core.mixup import PuzzleMix
+        >>> from dataopt.integrations.timm import PuzzleMixTask
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> task = PuzzleMixTask(model, mix=PuzzleMix(10), smoothing=0.1, verbose=False)
+        >>> task(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))["output"].shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
+        mix: PuzzleMix | None = None,
+        *,
+        criterion_kwargs: dict[str, Any] | None = None,
+        prob: float = 1.0,
+        cutmix_alpha: float = 0.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        smoothing: float = 0.0,
+        off_epoch: int = 0,
+        clean_weight: float = 0.0,
+        saliency_resolution: float = 1.0,
+        seed: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ):
+        if mix is None:
+            raise TypeError("mix is missing; give PuzzleMix(num_classes, mean=..., std=...)")
+        if off_epoch < 0:
+            raise ValueError(f"off_epoch={off_epoch} must not be negative; 0 mixes to the end")
+        if criterion is None:
+            from timm.loss import create_classification_loss
+
+            criterion = create_classification_loss(**{**(criterion_kwargs or {}), "soft_targets": True})
+        elif criterion_kwargs:
+            raise ValueError(f"criterion_kwargs={criterion_kwargs} with a criterion: give one of the two")
+        _check_soft(criterion, mix.num_classes)
+        if isinstance(criterion, nn.Module) and device is not None:
+            criterion = criterion.to(device)
+        super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        self.mixer = BatchMixer(
+            mix,
+            prob=prob,
+            cutmix_alpha=cutmix_alpha,
+            switch_prob=switch_prob,
+            mode=mode,
+            smoothing=smoothing,
+            multi_label=isinstance(criterion, BinaryCrossEntropy | nn.BCEWithLogitsLoss),
+            clean_weight=clean_weight,
+            saliency_resolution=saliency_resolution,
+            seed=seed,
+        )
+        self.off_epoch = off_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the task which epoch runs; only ``off_epoch`` depends on it."""
+        self.epoch = epoch
+
+    @property
+    def mixing(self) -> bool:
+        """Whether the next batch may be mixed."""
+        trains = self.training and self.trainable_module.training
+        return trains and not (self.off_epoch and self.epoch >= self.off_epoch)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """Mix, run the model, and compute the loss.
+
+        Args:
+            input: (B, C, H, W), normalised.
+            target: (B,) class ids; (B, K) multi-hot floats with a binary cross-entropy criterion.
+
+        Returns:
+            ``loss`` (scalar), ``output`` (B, K) logits of the mixed inputs, ``target`` (B, K) what
+            they were trained towards, ``mixed`` (:class:`Mixed` or None), and ``clean_loss`` where
+            it was computed.
+
+        Raises:
+            ValueError: what :class:`PuzzleMix` raises, for instance on a batch of one.
+        """
+        batch = self.mixer(self.trainable_module, input, target, self.mixing)
+        result: dict[str, Any] = {**super().forward(batch.inputs, batch.targets)}
+        result.update(target=batch.targets, mixed=batch.mixed)
+        if batch.clean_loss is not None:
+            result["loss"] = result["loss"] + self.mixer.clean_weight * batch.clean_loss
+            result["clean_loss"] = batch.clean_loss.detach()
+        return result
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> PuzzleMixTask:
+        """As timm, but DDP on the CPU (gloo) must not be given device ids, and timm's train.py does."""
+        if self.device.type == "cpu":
+            device_ids = None
+        super().prepare_distributed(device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The step, so that a resumed run goes on with the same draws on every rank."""
+        return {} if ema else {"puzzle_mix": self.mixer.state_dict()}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Take up the step of a checkpoint; one written without Puzzle Mix starts at step 0."""
+        if ema:
+            return
+        if state and "puzzle_mix" in state:
+            self.mixer.load_state_dict(state["puzzle_mix"])
+        elif self.verbose:
+            _logger.warning("The checkpoint was written without Puzzle Mix: its draws start from step 0.")
+
+
+def _check_soft(criterion: Callable[[Tensor, Tensor], Tensor], num_classes: int) -> None:
+    """Raise unless ``criterion`` takes soft targets, by trying it."""
+    device = next((t.device for t in criterion.buffers()), None) if isinstance(criterion, nn.Module) else None
+    logits = torch.zeros(2, num_classes, device=device)
+    try:
+        loss = criterion(logits, torch.full_like(logits, 1 / num_classes))
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as e:
+        name = getattr(criterion, "__name__", type(criterion).__name__)
+        raise ValueError(
+            f"criterion={name} does not take soft targets of shape (B, {num_classes}) ({e}); use timm's "
+            "SoftTargetCrossEntropy or BinaryCrossEntropy, or torch's CrossEntropyLoss"
+        ) from e
+    if loss.ndim:
+        raise ValueError(f"criterion gives a loss of shape {tuple(loss.shape)}; it must average over the batch")

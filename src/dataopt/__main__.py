@@ -1,0 +1,5 @@
+"""``python -m dataopt``."""
+
+from .cli import main
+
+main()
