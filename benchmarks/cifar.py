@@ -75,11 +75,14 @@ class Trained:
     top5: list[float] = field(default_factory=list)
 
 
+def available(folder: Path) -> bool:
+    return all((folder / f"{name}.parquet").is_file() for name in ("train", "test"))
+
+
 def check(folder: Path) -> None:
     """Stop with one line where the data are missing."""
-    for name in ("train", "test"):
-        if not (folder / f"{name}.parquet").is_file():
-            common.stop(f"{name}.parquet is not in the data folder; give the folder of CIFAR-10 as parquet with --data")
+    if not available(folder):
+        common.stop("no train.parquet and test.parquet in the data folder; give CIFAR-10 as parquet with --data FOLDER")
 
 
 @functools.lru_cache(maxsize=1)
@@ -100,7 +103,7 @@ def load(folder: Path, scale: Scale) -> Data:
 
 def _read(path: Path) -> tuple[list[bytes], np.ndarray]:
     content = pq.read_table(path, columns=["image", "label"])
-    return [image["bytes"] for image in content["image"].to_pylist()], content["label"].to_numpy()
+    return [image["bytes"] for image in content["image"].to_pylist()], content["label"].to_numpy().copy()
 
 
 def _decode(images: list[bytes]) -> Tensor:

@@ -18,7 +18,7 @@ import cifar
 import common
 import torch
 
-SEEDS = (0, 1, 2)
+SEEDS: tuple[int, ...] = (0, 1, 2)
 WORKERS = 2
 ROWS = {  # name: (method, epochs as a share)
     "Puzzle Mix, equal epochs": ("Puzzle Mix", 1.0),  # the longest first, so that the two processes end together

@@ -109,8 +109,10 @@ def add_data_option(arguments: argparse.ArgumentParser) -> None:
 def start(name: str, title: str, args: argparse.Namespace, threads: int, settings: Cell, workers: int = 1) -> Run:
     """Set the thread count, say where this runs, and read the cells that are there.
 
-    Cells of other settings, versions or processors are dropped: their numbers do not compare.
+    Cells of other settings, versions or processors are dropped: their numbers do not compare. Quick
+    runs take one thread, since they may share the machine.
     """
+    threads = 1 if args.quick else threads
     torch.set_num_threads(threads)
     threadpool_limits(threads)
     if args.out is None:
@@ -120,7 +122,7 @@ def start(name: str, title: str, args: argparse.Namespace, threads: int, setting
         "cpu": _cpu(),
         "processors": os.cpu_count(),
         "threads": f"{workers} processes of {text} each" if workers > 1 else text,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
     }
     run = Run(name, title, settings | {"quick": args.quick}, args, machine)
     print(f"{title}\n{run.machine_line()}\nLoad average {os.getloadavg()[0]:.2f}, {_now()}.")

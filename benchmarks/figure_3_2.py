@@ -2,17 +2,20 @@
 
 A network trained without mixing sees CIFAR-10 test images mixed by input mixup, CutMix and Puzzle
 Mix, for shares of the first input from 0.1 to 0.9; only pairs of different classes count. CutMix's
-rectangles lie inside the image, so that the share holds; Puzzle Mix, which takes its four grids in
-turn, has it as a prior only, so the picture is drawn over the share that really came out. Measured on each mix: the saliency that it keeps, the sum of
-h(s(x0), s(x1)), each input's saliency summing to one; the total variation, as the mean absolute
-difference of neighbouring pixels in [0, 1]; the cross entropy with the mixed label; whether the
-top-1 prediction is one of the two classes; whether the top-2 predictions are the two classes.
+squares lie inside the image, so that the share holds. For Puzzle Mix, which takes its four grids in
+turn, the share is a prior only, so the picture is drawn over the share that really came out.
+
+Measured on each mix: the saliency that it keeps, the sum of h(s(x0), s(x1)), each input's saliency
+summing to one; the total variation, as the mean absolute difference of neighbouring pixels in
+[0, 1], down plus right; the cross entropy with the mixed label; whether the top-1 prediction is one
+of the two classes; whether the top-2 predictions are the two classes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import cifar
 import common
@@ -23,7 +26,7 @@ from dataopt.core.mixup import Mixed, PuzzleMix, input_gradient, saliency
 from torch import Tensor, nn
 
 SHARES = tuple(round(0.1 * k, 1) for k in range(1, 10))
-IMAGES = 4000
+IMAGES = 10_000
 BATCH = 250
 TRUE_SHARE = "true share"
 METHODS = ("input mixup", "CutMix", "Puzzle Mix")
@@ -36,14 +39,14 @@ def mixes(generator: torch.Generator) -> dict[str, Mix]:
     puzzle = PuzzleMix(cifar.CLASSES, mean=cifar.MEAN, std=cifar.STD)
     return {
         "input mixup": lambda x, y, s, partner, share, k: with_mask(x, y, partner, torch.full_like(s, share)),
-        "CutMix": lambda x, y, s, partner, share, k: with_mask(x, y, partner, rectangles(s, share, generator)),
+        "CutMix": lambda x, y, s, partner, share, k: with_mask(x, y, partner, squares(s, share, generator)),
         "Puzzle Mix": lambda x, y, s, partner, share, k: puzzle(
             x, y, s, partner=partner, lam=share, grid=puzzle.grids[k % len(puzzle.grids)]
         ),
     }
 
 
-def rectangles(like: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def squares(like: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Masks (B, H, W) that hide a random square, of the rounded area, which lies inside the image."""
     batch, height, width = like.shape
     sides = [round(n * math.sqrt(1 - share)) for n in (height, width)]
@@ -132,16 +135,16 @@ def main() -> None:
     scale, shares, images = (cifar.QUICK, (0.5,), 50) if args.quick else (cifar.Scale(), SHARES, IMAGES)
     settings = {"images": images, "batch": BATCH, "network": scale.settings}
     run = common.start("figure_3_2", "What a mix keeps (thesis Figure 3.2)", args, 2, settings)
-    keys = [str(share) for share in shares]
-    if run.missing(keys):
+    missing = run.missing([str(share) for share in shares])
+    if missing:
         data = cifar.load(args.data, scale)
         model = cifar.plainly_trained(data, scale, run.scratch)
         x, y = cifar.normalise(data.test_x[:images]), data.test_y[:images]
         s = torch.cat(
             [saliency(input_gradient(model, a, b)) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)]
         )
-    for share, key in zip(shares, keys, strict=True):
-        run.cell(key, lambda share=share: measure(model, x, y, s, share))
+        for key in missing:
+            run.cell(key, partial(measure, model, x, y, s, float(key)))
     report(run, shares)
 
 

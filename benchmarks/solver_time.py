@@ -12,6 +12,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 
 import common
@@ -21,8 +22,8 @@ import torch
 from dataopt.core.mixup.grid import MaskCosts
 from dataopt.core.mixup.labelling import mask_energy, solve_mask
 
-GRIDS = (2, 4, 8, 16)
-LAMBDAS = (0.1, 0.2, 0.5, 0.643, 0.8)
+GRIDS: tuple[int, ...] = (2, 4, 8, 16)
+LAMBDAS: tuple[float, ...] = (0.1, 0.2, 0.5, 0.643, 0.8)
 BATCH = 128
 REPETITIONS = 9
 OPTIMAL = 1e-6
@@ -133,7 +134,7 @@ def main() -> None:
         theirs.close()  # so that a child that dies ends the wait for its answer
         solvers["gco"] = through(pipe)
     for lam, key in zip(lambdas, keys, strict=True):
-        run.cell(key, lambda lam=lam: measure(lam, grids, batch, repetitions, solvers))
+        run.cell(key, partial(measure, lam, grids, batch, repetitions, solvers))
     if "gco" in solvers:
         pipe.send(None)
         child.join()

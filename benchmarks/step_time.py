@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import cifar
@@ -25,7 +26,7 @@ from dataopt.core.mixup import PuzzleMix, input_gradient, puzzle, saliency
 from dataopt.core.mixup.grid import pool
 from torch import Tensor, nn
 
-GRIDS = (2, 4, 8, 16)
+GRIDS: tuple[int, ...] = (2, 4, 8, 16)
 BATCH = 128
 CLASSES = 1000
 REPETITIONS = 10
@@ -165,16 +166,24 @@ def report(run: common.Run, grids: tuple[int, ...]) -> None:
         )
         for kind, most in TARGETS.items()
     ]
-    a = run.cells["agreement"]
-    equal = ", ".join(f"{v:.1f} % on {g}x{g}" for g, v in a["equal_percent"].items())
     run.report(
         f"Milliseconds of one step, batch {run.settings['batch']}, mean over the grids:",
         common.table(header, rows),
         "The step on each grid:",
         common.table(["grid", *KINDS], rows_by_grid),
         *verdicts,
+        agreement_line(run),
+    )
+
+
+def agreement_line(run: common.Run) -> str:
+    if "agreement" not in run.cells:
+        return "Half against full resolution: not measured, it needs CIFAR-10 (--data FOLDER)."
+    a = run.cells["agreement"]
+    equal = ", ".join(f"{v:.1f} % on {g}x{g}" for g, v in a["equal_percent"].items())
+    return (
         f"Half against full resolution on {run.settings['images']} test images of CIFAR-10 (JPEG), plainly trained "
-        f"network: correlation of the saliency pooled to 8x8 {a['correlation']:.3f}; equal mask cells {equal}.",
+        f"network: correlation of the saliency pooled to 8x8 {a['correlation']:.3f}; equal mask cells {equal}."
     )
 
 
@@ -187,15 +196,16 @@ def main() -> None:
         scale, grids, batch, side, repetitions, images = cifar.QUICK, (2,), 4, 32, 1, 50
     settings = {"batch": batch, "side": side, "repetitions": repetitions, "images": images, "network": scale.settings}
     run = common.start("step_time", "One training step", args, THREADS, settings)
-    keys = [f"grid {g}" for g in grids]
-    if run.missing(keys):
+    keys = {f"grid {g}": g for g in grids}
+    missing = run.missing(list(keys))
+    if missing:
         steps = Steps(batch, side)
-    for grid, key in zip(grids, keys, strict=True):
-        run.cell(key, lambda grid=grid: measure(steps, grid, repetitions))
-    if run.missing(["agreement"]):
+        for key in missing:
+            run.cell(key, partial(measure, steps, keys[key], repetitions))
+    if run.missing(["agreement"]) and cifar.available(args.data):
         data = cifar.load(args.data, scale)
         model = cifar.plainly_trained(data, scale, run.scratch)
-    run.cell("agreement", lambda: agreement(model, data, images))
+        run.cell("agreement", partial(agreement, model, data, images))
     report(run, grids)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import common
 import numpy as np
@@ -23,7 +24,7 @@ from dataopt.core.mixup.mixed import Moves
 from dataopt.core.mixup.transport import distances, plan_transport
 from torch import Tensor
 
-GRIDS = (2, 4, 8, 16)
+GRIDS: tuple[int, ...] = (2, 4, 8, 16)
 BATCH = 128
 REPETITIONS = 5
 COST, PENALTY = 0.8, 1.0
@@ -123,7 +124,7 @@ def main() -> None:
     run = common.start("transport_time", "Transport", args, 1, settings)
     rows = []
     for cells in grids:
-        cell = run.cell(f"{cells}x{cells}", lambda cells=cells: measure(cells, batch, repetitions))
+        cell = run.cell(f"{cells}x{cells}", partial(measure, cells, batch, repetitions))
         for name in ("plan", "plan and apply"):
             ours, dense = cell[name]["ours"], cell[name]["dense"]
             moved = f"{cell['moved_percent']:.2f} %"

@@ -71,7 +71,7 @@ def provenance(model: nn.Module, view: View, grid: int) -> dict[str, str]:
     for name, value in model.state_dict().items():
         t = torch.as_tensor(value).detach().cpu().contiguous()
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return {"model weights": h.hexdigest(), "transform": repr(view), "grid": str(grid)}
 
 

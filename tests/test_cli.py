@@ -64,6 +64,13 @@ def test_unknown_command():
     assert "trian" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("args", [("--epochs", "0"), ("--seeds", "-1"), ("--out", __file__)])
+def test_demo_refuses_bad_options_by_name(args):
+    run = dataopt_command("demo", *args, without="torch")  # before anything is loaded
+    assert run.returncode == 2
+    assert args[0] in run.stderr and "Traceback" not in run.stderr
+
+
 def test_train_passes_help_through(tmp_path):
     run = dataopt_command("train", "--help", cwd=tmp_path)
     assert run.returncode == 0, run.stderr

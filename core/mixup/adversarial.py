@@ -88,11 +88,10 @@ class Adversarial:
         kappa = (noise.kappa + self.step * gradient.sign().to(noise.kappa.dtype)).clamp(-self.eps, self.eps)
         if self.decay:
             kappa = kappa * float(rng.random())
-        sides = [first, second]
-        for side, at in enumerate((slice(None), partner)):
-            if noise.on[side]:
-                pixels = unnormalise(sides[side], self.mean, self.std) + kappa[at]
-                sides[side] = normalise(pixels.clamp(0, 1), self.mean, self.std)
+        sides = []
+        for on, x, moved in zip(noise.on, (first, second), (kappa, kappa[partner]), strict=True):
+            pixels = (unnormalise(x, self.mean, self.std) + moved).clamp(0, 1)
+            sides.append(normalise(pixels, self.mean, self.std) if on else x)
         return sides[0], sides[1]
 
 

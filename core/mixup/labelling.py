@@ -110,7 +110,7 @@ def _scipy(costs: MaskCosts) -> np.ndarray:
     weights = np.concatenate([costs.down.reshape(batch, -1), costs.right.reshape(batch, -1)], 1) / m**2
     around = np.zeros((batch, n))
     for end in (0, 1):
-        np.add.at(around, (np.s_[:], pairs[:, end]), weights)
+        np.add.at(around.T, pairs[:, end], weights.T)
     slope = np.diff(costs.unary, axis=-1).reshape(batch, n, m)
     slope = (slope + around[..., None] * (2 * np.arange(m) + 1 - m)).reshape(batch, n * m)
     out = np.empty((batch, n), np.int64)

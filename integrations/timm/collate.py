@@ -151,7 +151,8 @@ class PuzzleCollate:
         if not self.mixup_enabled or float(torch.rand((), generator=generator)) >= self.prob:
             return x, labels
         pixels = x.float() / 255 if whole else x
-        if self.saliency is not None:
+        if s is None:
+            assert self.saliency is not None  # or the samples would have had to carry it
             s = self.saliency(pixels)
             if s.ndim != 3 or len(s) != len(x):
                 raise ValueError(f"saliency= gave shape {tuple(s.shape)} for {len(x)} images; it must give (B, h, w)")
@@ -163,7 +164,7 @@ class PuzzleCollate:
         h = hashlib.blake2b(str(self.seed).encode(), digest_size=8)
         few = x.reshape(-1)[:: (x.numel() // 4096) | 1]  # an odd stride, not to read one column of every image
         for t in (y, few) if s is None else (y, few, s):
-            h.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+            h.update(t.contiguous().view(-1).view(torch.uint8).numpy().data)
         return int.from_bytes(h.digest(), "big") >> 1
 
 

@@ -54,9 +54,9 @@ def train(ctx: typer.Context) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(help="Epochs per run; the default fits four minutes.")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per method.")] = 3,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the picture.")] = Path("demo"),
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per run; the default fits four minutes.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
 ) -> None:
     """Train on handwritten digits: plain, CutMix and Puzzle Mix; print the scores, draw the mixes."""
     with _extra("demo"):

@@ -179,7 +179,7 @@ def main(out: Path = Path("demo"), epochs: int | None = None, seeds: int = 3) ->
     digits = load()
     print(
         f"{MODEL} on scikit-learn's digits, {len(digits.x)} images for training and {len(digits.test_x)} for testing; "
-        f"{epochs} epochs, {seeds} seed{'s' if seeds > 1 else ''}, {torch.get_num_threads()} threads"
+        f"{epochs} epochs, {seeds} seed{'s' if seeds > 1 else ''}, threads: {torch.get_num_threads()}"
     )
     scores = []
     steps = epochs * math.ceil(len(digits.x) / BATCH)

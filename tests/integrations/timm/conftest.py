@@ -106,7 +106,7 @@ def steps() -> Iterator[list[dict[str, Any]]]:
 
 
 def two_processes(folder: Path, *runs: list[str]) -> list[list[dict[str, Any]]]:
-    """``dataopt train`` once per run, under one torchrun with 2 processes: per run and rank, masks and parameters."""
+    """``dataopt train`` once per run, under one torchrun with 2 processes: per run and rank, what it recorded."""
     arguments = [str(folder / "rank"), *runs[0]]
     for run in runs[1:]:
         with socket.socket() as s:
@@ -118,6 +118,10 @@ def two_processes(folder: Path, *runs: list[str]) -> list[list[dict[str, Any]]]:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [[torch.load(folder / f"rank.{i}.{rank}") for rank in (0, 1)] for i in range(len(runs))]
+
+
+def alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def weights(folder: Path, name: str = "last", key: str = "state_dict") -> dict[str, torch.Tensor]:

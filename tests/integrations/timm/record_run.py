@@ -1,4 +1,4 @@
-"""Not a test: one rank of ``dataopt train``, which writes down its masks and its parameters.
+"""Not a test: one rank of ``dataopt train``, which writes down its draws, its masks and its parameters.
 
 Run by torchrun: record_run.py OUT ARGS... [++ PORT ARGS...]; each run is recorded in OUT.<run>.<rank>.
 A second run in the same processes needs a rendezvous of its own, at PORT: the launcher's remembers the first.
@@ -18,7 +18,7 @@ seen: list[tuple[Any, Any]] = []
 
 def watch(module: torch.nn.Module, inputs: Any, result: Any) -> None:
     if isinstance(result, dict) and "mixed" in result:
-        seen.append((module, result["mixed"].mask))
+        seen.append((module, result["mixed"]))
 
 
 torch.nn.modules.module.register_module_forward_hook(watch)
@@ -31,4 +31,5 @@ for i, argv in enumerate(runs):
     main(argv)
     AcceleratorState._reset_state(reset_partial_state=True)
     parameters = {name: p.detach() for name, p in seen[-1][0].trainable_module.named_parameters()}
-    torch.save({"masks": [mask for _, mask in seen], "parameters": parameters}, f"{out}.{i}.{os.environ['RANK']}")
+    plans = {"masks": [m.mask for _, m in seen], "partners": [m.partner for _, m in seen]}
+    torch.save({**plans, "parameters": parameters}, f"{out}.{i}.{os.environ['RANK']}")

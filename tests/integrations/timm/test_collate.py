@@ -26,8 +26,8 @@ def random_samples(n: int = 8, dtype: torch.dtype = torch.float32, s=(16, 16), s
     images = pixels if dtype == torch.uint8 else (pixels / 255).to(dtype)
     # one quarter stands out, or the masks would show one input only
     quarter = torch.eye(4).view(4, 1, 2, 2)
-    stand_out = F.interpolate(quarter, size=s, mode="nearest")[torch.randint(4, (n,), generator=g), 0]
-    return [(images[i], (stand_out[i] + 0.2 * torch.rand(s, generator=g)).half(), i) for i in range(n)]
+    stand_out = F.interpolate(quarter, size=s, mode="nearest")[:, 0]
+    return [(images[i], (stand_out[i % 4] + 0.2 * torch.rand(s, generator=g)).half(), i) for i in range(n)]
 
 
 def flat_samples(dtype: torch.dtype) -> list[tuple]:
@@ -48,7 +48,8 @@ def equal(a, b) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
 def test_targets_are_the_shares_of_the_mixed_pixels(dtype):
-    x, target = PuzzleCollate(PuzzleMix(K))(flat_samples(dtype))
+    mix = PuzzleMix(K, beta=0, eta=0)  # shows the more salient input, whatever the share
+    x, target = PuzzleCollate(mix)(flat_samples(dtype))
     assert x.dtype == dtype and x.shape == (8, 3, 16, 16)
     assert target.dtype == torch.float32 and target.shape == (8, K)
     torch.testing.assert_close(target.sum(1), torch.ones(8))
@@ -59,22 +60,24 @@ def test_targets_are_the_shares_of_the_mixed_pixels(dtype):
 
 
 def test_uint8_pixels_come_through_unchanged_where_the_mask_is_hard():
-    samples = flat_samples(torch.uint8)
-    x, _ = PuzzleCollate(PuzzleMix(K, labels=2))(samples)
+    mix = PuzzleMix(K, labels=2, beta=0, eta=0)
+    x, target = PuzzleCollate(mix)(flat_samples(torch.uint8))
+    assert ((target > 0).sum(1) == 2).any()
     assert set(x.unique().tolist()) <= set(shades(torch.uint8))
 
 
 def test_uint8_and_float_images_are_mixed_by_the_same_rule():
-    """Draws differ with the bytes, so seeds are tried until they agree; the plans must too."""
+    """Without the prior the mix depends on who is whose partner alone, of the draws."""
     whole, real = random_samples(dtype=torch.uint8, n=2), random_samples(n=2)
-    mix = PuzzleMix(K, grids=(4,))
-    mixes = {str(PuzzleCollate(mix, seed=i)(real)[1].tolist()): PuzzleCollate(mix, seed=i)(real) for i in range(40)}
-    common = 0
-    for i in range(40):
-        x, target = PuzzleCollate(mix, seed=i)(whole)
-        if (twin := mixes.get(str(target.tolist()))) and 0 < target[0, 0] < 1:
-            common += bool((twin[0] * 255 - x).abs().max() < 0.51)
-    assert common >= 3
+    mix = PuzzleMix(K, eta=0, grids=(4,))
+
+    def mixed(samples):
+        batches = [PuzzleCollate(mix, seed=seed)(samples) for seed in range(12)]
+        return next((x, target) for x, target in batches if target[0, 0] < 1)
+
+    (x, target), (twin, twin_target) = mixed(whole), mixed(real)
+    assert target[0, 0] > 0 and torch.equal(target, twin_target)
+    assert (twin * 255 - x).abs().max() < 0.51
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 7), (24, 32), (3, 32)])
@@ -130,7 +133,7 @@ def test_draws_follow_from_seed_labels_saliency_and_pixels_alone():
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_timm_loader_gives_equal_batches_on_any_number_of_workers(image_folder, prefetch):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    mix = PuzzleMix(4) if prefetch else PuzzleMix(4, mean=mean, std=std)
+    mix = PuzzleMix(4, beta=0, eta=0, **({} if prefetch else {"mean": mean, "std": std}))
     epochs = []
     for workers in (0, 1, 2):
         collate = PuzzleCollate(mix, brightness, smoothing=0.1)

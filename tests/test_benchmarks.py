@@ -1,0 +1,177 @@
+"""Each benchmark's smallest cells run, are kept, and make a report."""
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from threadpoolctl import threadpool_limits
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+NAMES = ("common", "synthetic", "cifar", "solver_time", "transport_time", "cifar10", "figure_3_2", "step_time")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts as modules, as they see each other when they are started by path."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images in the form of the CIFAR-10 files: each class a brightness, so that there is something to learn."""
+    path = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 300), ("test", 100)):
+        images, labels = [], np.arange(count) % 10
+        for label in labels:
+            pixels = (25 * label + rng.integers(0, 25, (32, 32, 3))).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            images.append({"bytes": file.getvalue(), "path": None})
+        pq.write_table(pa.table({"image": images, "label": labels}), path / f"{name}.parquet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture
+def run(scripts, folder, results, monkeypatch):
+    """Run a script's smallest size; the threads are as before afterwards."""
+
+    def call(name, *options):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(results), *options])
+        threads = torch.get_num_threads()
+        try:
+            with threadpool_limits(1):
+                scripts[name].main()
+        finally:
+            torch.set_num_threads(threads)
+        return json.loads((results / f"{name}.json").read_text())["cells"], (results / f"{name}.md").read_text()
+
+    return call
+
+
+def test_solver_time(run):
+    cells, text = run("solver_time")
+    for grid in ("2", "4"):
+        for solver in ("numba", "scipy"):
+            assert cells["0.5"][grid][solver]["ms"] > 0
+            assert cells["0.5"][grid][solver]["optimal_percent"] == 100
+    assert "1 thread;" in text and "times ours" in text
+
+
+def test_transport_time_and_kept_cells(run, results, capsys):
+    cells, text = run("transport_time")
+    assert set(cells) == {"2x2", "4x4"} and all(c["plan and apply"]["dense"] > 0 for c in cells.values())
+    assert "at least 40" in text
+    before = (results / "transport_time.json").read_bytes()
+    capsys.readouterr()
+    assert run("transport_time")[0] == cells
+    printed = capsys.readouterr().out
+    assert "kept cells: 2x2, 4x4" in printed and ": ran" not in printed
+    assert (results / "transport_time.json").read_bytes() == before
+    run("transport_time", "--fresh")
+    assert "2x2: ran" in capsys.readouterr().out
+
+
+def test_cells_of_other_settings_are_not_kept(run, results, capsys):
+    path = results / "transport_time.json"
+    run("transport_time")
+    stored = json.loads(path.read_text())
+    stored["settings"]["batch"] = 7
+    path.write_text(json.dumps(stored))
+    capsys.readouterr()
+    run("transport_time")
+    printed = capsys.readouterr().out
+    assert "other settings" in printed and "4x4: ran" in printed
+
+
+def test_the_dense_plan_must_agree(scripts):
+    transport = scripts["transport_time"]
+    plan = torch.eye(4).unsqueeze(0)
+    shown = np.array([[True, True, False, False]])
+    transport.check(plan, np.array([[0, 1, 3, 2]]), shown)  # hidden places do not count
+    with pytest.raises(RuntimeError, match="differ at 2 of 2 shown places"):
+        transport.check(plan, np.array([[1, 0, 2, 3]]), shown)
+
+
+def test_dense_apply_moves_regions(scripts):
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    plan = torch.eye(4)[[1, 0, 2, 3]].unsqueeze(0)  # the upper two regions change place
+    moved = scripts["transport_time"].dense_apply(plan, x, 2)
+    assert torch.equal(moved[..., :2, :], x[..., :2, :].roll(2, -1)) and torch.equal(moved[..., 2:, :], x[..., 2:, :])
+
+
+def test_cifar10_figure_and_step_share_one_network(run, folder, results, capsys):
+    cells, text = run("cifar10", "--data", str(folder))
+    assert set(cells) == {"plain, seed 0", "Puzzle Mix, equal evaluations, seed 0"}
+    assert len(cells["plain, seed 0"]["top1"]) == 2 and cells["Puzzle Mix, equal evaluations, seed 0"]["epochs"] == 1
+    assert "2 processes of 1 thread each" in text
+
+    cells, _ = run("figure_3_2", "--data", str(folder))
+    assert cells["0.5"]["input mixup"]["saliency kept"] == pytest.approx(1, abs=1e-4)
+    assert cells["0.5"]["input mixup"]["true share"] == pytest.approx(0.5)
+    assert Image.open(results / "figure_3_2.png").format == "PNG"
+
+    cells, text = run("step_time", "--data", str(folder))
+    full = cells["grid 2"]["full"]
+    assert 0 < full["solve"] + full["transport"] + full["paste"] < full["mixing in all"] < full["step"]
+    assert -1 <= cells["agreement"]["correlation"] <= 1 and "at most 1.8" in text
+    assert "training the plain network" not in capsys.readouterr().out
+
+
+def test_missing_data_stop_with_one_line(run, folder, tmp_path, results):
+    with pytest.raises(SystemExit, match="--data FOLDER"):
+        run("cifar10", "--data", str(tmp_path), "--fresh")
+    path = results / "step_time.json"
+    run("step_time", "--data", str(folder))
+    stored = json.loads(path.read_text())
+    stored["cells"].pop("agreement", None)
+    path.write_text(json.dumps(stored))
+    _, text = run("step_time", "--data", str(tmp_path))
+    assert "not measured" in text
+
+
+def test_a_report_from_kept_cells_needs_no_data(run, folder, tmp_path, capsys):
+    for name in ("cifar10", "figure_3_2", "step_time"):
+        cells, text = run(name, "--data", str(folder))
+        capsys.readouterr()
+        assert run(name, "--data", str(tmp_path)) == (cells, text)
+        assert ": ran" not in capsys.readouterr().out
+
+
+def test_squares_cover_the_share(scripts):
+    mask = scripts["figure_3_2"].squares(torch.zeros(50, 32, 32), 0.36, torch.Generator().manual_seed(0))
+    side = round(32 * 0.8)
+    assert torch.equal((mask == 0).sum((1, 2)), torch.full((50,), side * side))
+    assert mask.flatten(1).unique(dim=0).shape[0] > 10
+
+
+def test_crops_keep_pixels_of_their_own_image(scripts):
+    x = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32) + 1
+    out = scripts["cifar"].crop_and_flip(x, torch.Generator().manual_seed(0))
+    for image, value in zip(out, range(1, 9), strict=True):
+        assert set(image.unique().tolist()) <= {0, value} and (image == value).float().mean() > 0.7
+
+
+def test_targets_are_judged_in_words(scripts):
+    common = scripts["common"]
+    assert common.verdict("a ratio", 9.9, least=10).endswith("MISSED.")
+    assert common.verdict("a ratio", 1.79, most=1.8).endswith("met.")

@@ -1,0 +1,138 @@
+"""``dataopt demo`` and its picture."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from dataopt import demo, plots
+from dataopt.core.mixup import Mixed
+from matplotlib.colors import to_rgb
+from PIL import Image
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def digits() -> demo.Digits:
+    return demo.load()
+
+
+def test_the_split_is_stratified_and_always_the_same(digits):
+    assert digits.x.shape == (300, 1, 32, 32) and digits.test_x.shape == (1497, 1, 32, 32)
+    counts = torch.bincount(digits.y)
+    assert len(counts) == 10 and counts.min() >= 28 and counts.max() <= 31
+    again = demo.load()
+    assert torch.equal(digits.x, again.x) and torch.equal(digits.test_y, again.test_y)
+    pixels = torch.cat([digits.x, digits.test_x]) * digits.std[0] + digits.mean[0]
+    assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
+    assert abs(float(digits.x.mean())) < 1e-4 and abs(float(digits.x.std()) - 1) < 1e-4
+
+
+def test_augmentation_moves_a_little_and_fills_with_black():
+    x = torch.full((64, 1, 32, 32), -0.7)
+    x[:, :, 14:18, 14:18] = 1.0
+    out = demo.augment(x, -0.7, torch.Generator().manual_seed(0))
+    assert torch.allclose(out[:, :, 0], torch.tensor(-0.7)) and torch.allclose(out[..., -1], torch.tensor(-0.7))
+    mass = (out + 0.7).squeeze(1)
+    place = torch.arange(32).float()
+    for axis in (1, 2):
+        centre = (mass.sum(3 - axis) * place).sum(1) / mass.sum((1, 2))
+        assert (centre - 15.5).abs().max() < 2.1 and (centre - 15.5).abs().max() > 1
+
+
+def test_the_seed_decides_and_mixing_draws_apart(digits):
+    def count():
+        nonlocal steps
+        steps += 1
+
+    steps = 0
+    a, b = (demo.train("plain", 1, 1, digits, count).state_dict() for _ in range(2))
+    assert steps == 2 * 6
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_accuracy_and_calibration_error():
+    class Sure(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :10] * 100
+
+    y = torch.arange(40) % 10
+    x = nn.functional.one_hot(y, 10).float()
+    assert demo.evaluate(Sure(), x, y) == pytest.approx((100, 0), abs=1e-3)
+    assert demo.evaluate(Sure(), x, (y + (y < 3).long()) % 10) == pytest.approx((70, 30), abs=1e-3)
+
+
+def test_the_command_reports_every_method_and_writes_two_files(tmp_path, capsys):
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "results.json").write_text("old")
+    (out / "mine.txt").write_text("keep me")
+    demo.main(out, epochs=1, seeds=2)
+    printed = capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {"puzzle_mix.png", "results.json", "mine.txt"}
+    assert (out / "mine.txt").read_text() == "keep me"
+    result = json.loads((out / "results.json").read_text())
+    assert result["seeds"] == [0, 1] and result["epochs"] == 1 and result["versions"]["torch"]
+    assert {(r["method"], r["seed"]) for r in result["runs"]} == {(m, s) for m in demo.METHODS for s in (0, 1)}
+    for line in result["table"]:
+        assert line in printed
+    for method in demo.METHODS:
+        values = [r["accuracy"] for r in result["runs"] if r["method"] == method]
+        shown = next(line for line in printed.splitlines() if line.startswith(method))
+        assert f"{np.mean(values):.2f} +- {np.std(values, ddof=1):.2f}" in shown
+    assert (out / "puzzle_mix.png").stat().st_size < 400_000
+    assert Image.open(out / "puzzle_mix.png").format == "PNG"
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 0}, {"seeds": 0}])
+def test_impossible_counts_are_refused(tmp_path, arguments):
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ValueError, match=f"{name}={value} must be at least 1"):
+        demo.main(tmp_path, **arguments)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "demo").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        demo.main(tmp_path / "demo", epochs=1, seeds=1)
+
+
+def test_shown_pairs_differ_in_class_and_are_really_mixed():
+    n = 60
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 10, (n,), generator=generator)
+    mask = torch.ones(n, 4, 4)
+    mask[::3, :2] = 0  # half and half
+    mask[1::3] = 0.5  # all blended; the rest shows the first input alone
+    m = Mixed(torch.zeros(n, 1, 4, 4), torch.zeros(n, 10), mask, torch.randperm(n, generator=generator))
+    rows = demo.pairs_to_show(y, m)
+    assert len(rows) == 6 and all(row % 3 == 0 for row in rows)
+    pairs = [{int(y[r]), int(y[m.partner[r]])} for r in rows]
+    assert all(len(pair) == 2 for pair in pairs) and all(pairs.count(pair) == 1 for pair in pairs)
+
+
+def test_the_mask_has_the_colours_of_the_frames():
+    rng = np.random.default_rng(0)
+    x = rng.random((2, 3, 8, 8))
+    mask = np.ones((2, 8, 8))
+    mask[:, 4:] = 0
+    figure = plots.show_mixes(x, x[::-1], rng.random((2, 4, 4)), np.ones((2, 4, 4)), mask, x)
+    assert len(figure.axes) == 2 * 6
+    first, over_first, second, over_second, shown, mix = figure.axes[:6]
+    for ax, colour in ((first, plots.FIRST), (over_first, plots.FIRST), (second, plots.SECOND)):
+        assert all(spine.get_edgecolor()[:3] == to_rgb(colour) for spine in ax.spines.values())
+    colours = shown.images[0].get_array()
+    assert np.allclose(colours[0, 0], to_rgb(plots.FIRST)) and np.allclose(colours[7, 0], to_rgb(plots.SECOND))
+    assert np.allclose(first.images[0].get_array(), np.moveaxis(x[0], 0, -1))
+    assert len(over_second.images) == 2 and len(mix.images) == 2
+    picture = Image.open(io.BytesIO(plots.to_png(figure)))
+    assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_curves_go_through_their_points():
+    x, y = [0.1, 0.5], [1.0, 2.0]
+    figure = plots.show_curves({"loss": {"a": (x, y), "b": (y, x)}, "top-1": {"a": (x, x), "b": (y, y)}}, "share")
+    lines = figure.axes[0].lines
+    assert [list(line.get_xdata()) for line in lines] == [x, y] and list(lines[1].get_ydata()) == x
+    assert [ax.get_title() for ax in figure.axes] == ["loss", "top-1"]
