@@ -59,10 +59,9 @@ def report(run: common.Run, keys: dict[str, tuple[str, int]]) -> None:
             [statistics.median(c["top1"]) for c in cells],
             [statistics.median(c["top5"]) for c in cells],
             [c["top1"][-1] for c in cells],
-            [c["training_seconds"] for c in cells],
         ]
         rows.append([row, cells[0]["epochs"], *(spread(values) for values in columns)])
-    header = ["method", "epochs", "top-1 %", "top-5 %", "last epoch's top-1 %", "training seconds"]
+    header = ["method", "epochs", "top-1 %", "top-5 %", "last epoch's top-1 %"]
     seeds = len({seed for _, seed in keys.values()})
     run.report(
         f"CIFAR-10 (JPEG), {run.settings['training']} training images, a residual network of 240,000 parameters, batch "

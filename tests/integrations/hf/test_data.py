@@ -66,6 +66,7 @@ def test_images_of_any_size_and_mode_under_a_timm_model():
     shapes = {"RGB": (40, 50, 3), "L": (90, 33), "RGBA": (20, 20, 4)}
     rows = [pil.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode) for mode, shape in shapes.items()]
     rows.append(rows[0].convert("P"))
+    torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=4).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     out = add_saliency(Dataset.from_dict({"image": rows, "label": [0, 1, 2, 3]}), model, grid=5)
@@ -74,8 +75,8 @@ def test_images_of_any_size_and_mode_under_a_timm_model():
     torch.testing.assert_close(s.sum((1, 2)), torch.ones(4), rtol=0, atol=5e-3)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     # 5 divides timm's 160: plain sums over blocks, of the model's own view made by hand
-    x = v2.functional.resize(v2.functional.pil_to_tensor(rows[1].convert("RGB")).float(), [160, 160]) / 255
-    x = (x - 0.5) / 0.5
+    seen = rows[1].convert("RGB").resize((160, 160), pil.Resampling.BILINEAR)
+    x = (v2.functional.pil_to_tensor(seen).float() / 255 - 0.5) / 0.5
     full = saliency(input_gradient(model, x.unsqueeze(0), torch.tensor([1])))
     torch.testing.assert_close(s[1], full.view(5, 32, 5, 32).sum((1, 3)), rtol=0.02, atol=1e-3)
 
