@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dataopt.core.mixup import Adversarial, PuzzleMix
+from dataopt.core.mixup.grid import resolve_grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,14 +139,22 @@ def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: flo
         args: timm's options, ``num_classes`` resolved, and the ``--puzzle-*`` ones.
         model: the model, whose configuration may hold mean and std; None before there is one.
         cutmix: what the user gave as ``--cutmix``.
+
+    Raises:
+        ValueError: a value that Puzzle Mix does not take, or a grid that does not divide the images.
     """
     from timm.data import resolve_data_config
 
     config = resolve_data_config(vars(args), model=model)
     channels = config["input_size"][0]
     mean, std = _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
+    mix = puzzle_mix(args, mean, std)
+    if model is not None or args.input_size or args.img_size:  # else the size is still the model's to say
+        sizes = [(n, n) for n in getattr(args, "train_img_sizes", None) or ()] or [config["input_size"][1:]]
+        for grid, size in itertools.product(mix.grids, sizes):
+            resolve_grid(grid, tuple(size))
     return dict(
-        mix=puzzle_mix(args, mean, std),
+        mix=mix,
         prob=args.mixup_prob,
         cutmix_alpha=cutmix,
         switch_prob=args.mixup_switch_prob,

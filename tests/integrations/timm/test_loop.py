@@ -196,6 +196,8 @@ def test_a_config_file_gives_defaults(train, steps, tmp_path):
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--resume", "missing.pth.tar"), "--resume missing.pth.tar does not exist"),
         (("--puzzle-gamma", 1.5), "gamma=1.5 must lie in"),
+        (("--img-size", 30, "--puzzle-grids", 4), "grids that fit: 2, 3, 5"),
+        (("--input-size", 3, 30, 30), "grid=4 does not divide inputs of size 30x30; grids that fit: 2, 3, 5"),
         (("--mixup-prob", 2), "prob=2.0"),
         (("--mixup-mode", "elem", "--cutmix", 1.0), "mode='elem' with cutmix_alpha=1.0"),
     ],
@@ -229,11 +231,6 @@ def test_a_folder_with_a_run_in_it_is_not_written_over(train, capsys):
 def test_labels_beyond_num_classes_are_named(train):
     with pytest.raises(ValueError, match="num_classes=2 allows 0 to 1"):
         train(*PUZZLE, "--num-classes", 2)
-
-
-def test_sizes_that_no_grid_divides_are_named(train):
-    with pytest.raises(ValueError, match="grids that fit: 2, 3, 5"):
-        train(*PUZZLE, "--img-size", 30, "--puzzle-grids", 4)
 
 
 def test_help_names_our_options_and_the_script(train, capsys):
