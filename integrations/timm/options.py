@@ -149,8 +149,9 @@ def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: flo
     channels = config["input_size"][0]
     mean, std = _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
     mix = puzzle_mix(args, mean, std)
-    if model is not None or args.input_size or args.img_size:  # else the size is still the model's to say
-        sizes = [(n, n) for n in getattr(args, "train_img_sizes", None) or ()] or [config["input_size"][1:]]
+    given = vars(args)
+    if model is not None or given.get("input_size") or given.get("img_size"):  # else the model has yet to say its size
+        sizes = [(n, n) for n in given.get("train_img_sizes") or ()] or [config["input_size"][1:]]
         for grid, size in itertools.product(mix.grids, sizes):
             resolve_grid(grid, tuple(size))
     return dict(
