@@ -46,11 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     own = argparse.ArgumentParser(prog="dataopt train", add_help=False, allow_abbrev=False)
     own.add_argument("--train-script")
     given, rest = own.parse_known_args(argv)
-    path = _find_script(given.train_script)
+    path = find_script(given.train_script)
     if path is not None and str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # as `python train.py` does: a timm checkout beside it comes first
-    if importlib.util.find_spec("timm") is None:
-        stop("timm is not installed: pip install 'dataopt[timm]'")
+    for needed in ("timm",) if path else ("timm", "accelerate"):
+        if importlib.util.find_spec(needed) is None:
+            stop(f"{needed} is not installed: pip install 'dataopt[timm]'")
     method = _method(rest)
     if path is None:
         from .loop import main as run_loop
@@ -83,7 +84,7 @@ def _method(argv: list[str]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _find_script(given: str | None) -> Path | None:
+def find_script(given: str | None) -> Path | None:
     """timm's ``train.py``, recognised by its text, which is not executed."""
     name = given or os.environ.get("TIMM_TRAIN_SCRIPT")
     path = Path(name or "train.py").absolute()

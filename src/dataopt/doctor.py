@@ -189,13 +189,13 @@ def _report_kernels() -> bool:
 
 
 def _report_train_script() -> None:
-    from dataopt.integrations.timm.train import _find_script
+    from dataopt.integrations.timm.train import find_script
 
     print("\ntimm's train.py, for dataopt train")
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
-            path = _find_script(None)
+            path = find_script(None)
     except SystemExit:
         print(f"  {refusal.getvalue().strip()}")
         return

@@ -134,7 +134,6 @@ def test_never_above_the_released_code(case):
     assert same >= {2: 0.9, 4: 0.85, 8: 0.5, 16: 0.0}[blocks]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gco") is None, reason="needs the opt-in extra pygco")
 def test_gco_backend_is_the_released_solver():
     blocks, lam = int(RELEASED["case2"][0]), float(RELEASED["case2"][1])
     partner = torch.from_numpy(RELEASED["perm2"])

@@ -167,7 +167,6 @@ def test_one_channel(train, steps):
 
 
 def test_a_hugging_face_dataset_by_name(train, steps, image_folder):
-    pytest.importorskip("datasets")
     train(*PUZZLE, "--data-dir", "", "--dataset", f"hfds/{image_folder}")
     assert len(steps) == 2 and steps[0]["mixed"] is not None
 
