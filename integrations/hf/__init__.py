@@ -1,4 +1,4 @@
-"""Functions for Hugging Face ``datasets``, imported on first use."""
+"""Hugging Face: compressed caches for ``generate``, and functions for ``datasets``; imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..saliency_maps import as_tv_tensors
     from .data import add_saliency
+    from .kvzip import KVzipCache
 
-__all__ = ["add_saliency", "as_tv_tensors"]
+__all__ = ["KVzipCache", "add_saliency", "as_tv_tensors"]
 
-_MODULES = {"add_saliency": ".data", "as_tv_tensors": "..saliency_maps"}
+_MODULES = {"KVzipCache": ".kvzip", "add_saliency": ".data", "as_tv_tensors": "..saliency_maps"}
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_MODULES[name], __name__), name)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.partition(".")[0] not in ("datasets", "PIL"):
+        if e.name is None or e.name.partition(".")[0] not in ("datasets", "PIL", "huggingface_hub", "transformers"):
             raise
         raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[hf]'", name=e.name) from e

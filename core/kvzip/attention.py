@@ -1,0 +1,222 @@
+"""Exact attention in parts: every part returns its log-sum-exp, and parts are merged by it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packed import PackedHeads
+
+_BLOCK = 1 << 21  # score entries that are held at once where no fused operator serves
+_FEW_ROWS = 64  # up to here two plain products per head are faster than the fused operator
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with its log-sum-exp, without holding the whole score matrix.
+
+    Args:
+        q: (B, Hq, Q, d).
+        k: (B, H, K, d), Hq a multiple of H.
+        v: (B, H, K, dv).
+        scale: of the products, before the softmax.
+        causal: query i sees keys up to K - Q + i (aligned at the last key).
+        mask: (B or 1, Hq or 1, Q, K); bool, True where a key is seen, or float, added to the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+
+    Returns:
+        (B, Hq, Q, dv) like q, and (B, Hq, Q) float32, -inf where a query sees nothing (its output is 0).
+    """
+    if k.shape[2] == 0:
+        shape = q.shape[:3]
+        return q.new_zeros(*shape, v.shape[-1]), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    square = q.shape[2] == k.shape[2]
+    if mask is None and softcap is None and (square or not causal) and q.shape[-1] == v.shape[-1]:
+        fused = _fused(q, k, v, scale, causal)
+        if fused is not None:
+            return fused
+    if causal and not (square and q.shape[2] == 1):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        mask = (
+            seen if mask is None else (mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf))
+        )
+    return _in_blocks(q, k, v, scale, mask, softcap)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+    """The flash operator of the device with its log-sum-exp, or None where it does not serve.
+
+    The operators are private to torch, hence the looks before the call.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        if not q.dtype.is_floating_point or q.dtype == torch.float16 or q.dtype != k.dtype:
+            return None
+        if causal:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            rows = q
+        else:  # without a causal order the queries of a group are rows of one head: nothing is repeated
+            rows = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = op(rows, k, v, 0.0, causal, attn_mask=None, scale=scale)
+        return out.reshape(*q.shape[:3], -1), lse.float().reshape(q.shape[:3])
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return out, lse[..., : q.shape[2]].float()
+    return None
+
+
+def _in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    b, heads, n, _ = q.shape
+    groups = heads // k.shape[1]
+    size = max(1, _BLOCK // (b * heads * k.shape[2]))
+    outs, lses = [], []
+    keys, values = k.unsqueeze(2).mT, v.unsqueeze(2)  # (B, H, 1, d, K), (B, H, 1, K, dv)
+    for start in range(0, n, size):
+        rows = q[:, :, start : start + size].unflatten(1, (-1, groups))
+        scores = torch.matmul(rows, keys).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            part = (mask[..., start : start + size, :] if mask.shape[-2] > 1 else mask).expand(b, heads, -1, -1)
+            part = part.unflatten(1, (-1, groups))
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp_()
+        outs.append(torch.matmul(weights.to(v.dtype), values).flatten(1, 2))
+        lses.append(lse.flatten(1, 2))
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    Args:
+        first, second: outputs (..., dv) and log-sum-exps (...) float32, as :func:`attention` returns them.
+    """
+    (a, lse_a), (b, lse_b) = first, second
+    share = torch.sigmoid(lse_a - lse_b)
+    share = torch.where(lse_b == -torch.inf, 1.0, share).unsqueeze(-1)  # both empty: -inf - -inf is not a number
+    return torch.lerp(b.float(), a.float(), share).to(a.dtype), torch.logaddexp(lse_a, lse_b)
+
+
+def with_sinks(part: tuple[Tensor, Tensor], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add one learned logit per query head to the denominator.
+
+    Args:
+        part: (B, Hq, Q, dv) and (B, Hq, Q).
+        sinks: (Hq,) logits, or None.
+    """
+    if sinks is None:
+        return part
+    out, lse = part
+    total = torch.logaddexp(lse, sinks.float().view(1, -1, 1))
+    return (out.float() * (lse - total).exp().unsqueeze(-1)).to(out.dtype), total
+
+
+def ragged_attention(
+    q: Tensor,
+    contexts: list[PackedHeads],
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over packed contexts, whose heads differ in length, and a dense tail.
+
+    Args:
+        q: (B, Hq, Q, d); row r reads context r // (B / len(contexts)).
+        contexts: one for all rows, or one for each run of equally many rows.
+        k, v: (B, H, T, d) and (B, H, T, dv), the tail; its last Q keys belong to the queries.
+        mask: over the tail, as in :func:`attention`; None is causal.
+        softcap, sinks: as in :func:`attention` and :func:`with_sinks`.
+
+    Returns:
+        As :func:`attention`.
+    """
+    rows = q.shape[0] // len(contexts)
+    parts = [packed_attention(part, c, scale, softcap) for part, c in zip(q.split(rows), contexts, strict=True)]
+    packed = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    tail = attention(q, k, v, scale, causal=mask is None, mask=mask, softcap=softcap)
+    return with_sinks(merge(packed, tail), sinks)
+
+
+def packed_attention(
+    q: Tensor, context: PackedHeads, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over one packed context that every row of q shares and sees in full.
+
+    All rows, query heads of a group and positions are folded into the rows of their key head, so the
+    context is read once, however many questions there are.
+
+    Args:
+        q: (B, Hq, Q, d).
+
+    Returns:
+        As :func:`attention`.
+    """
+    b, heads, n, d = q.shape
+    key_heads = len(context.lengths)
+    groups = heads // key_heads
+    rows = q.unflatten(1, (key_heads, groups)).permute(1, 0, 2, 3, 4).reshape(key_heads, b * groups * n, d)
+    if softcap is None and _varlen_serves(rows, context):
+        out, lse = _varlen(rows, context, scale)
+    else:
+        out, lse = _per_head(rows, context, scale, softcap)
+    out = out.view(key_heads, b, groups, n, -1).permute(1, 0, 2, 3, 4)
+    return out.flatten(1, 2), lse.view(key_heads, b, groups, n).permute(1, 0, 2, 3).flatten(1, 2)
+
+
+def _per_head(rows: Tensor, context: PackedHeads, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    n = rows.shape[1]
+    outs, lses = [], []
+    for q, (k, v) in zip(rows, context.heads(rows.dtype), strict=True):
+        if softcap is None and n <= _FEW_ROWS and len(k) * n <= _BLOCK:
+            scores = torch.mm(q, k.T).float().mul_(scale)
+            lse = scores.logsumexp(-1)
+            outs.append(torch.mm(F.softmax(scores, -1).to(v.dtype), v) if len(k) else q.new_zeros(n, v.shape[1]))
+            lses.append(lse)
+        else:
+            out, lse = attention(*(t.view(1, 1, *t.shape) for t in (q, k, v)), scale, softcap=softcap)
+            outs.append(out[0, 0])
+            lses.append(lse[0, 0])
+    return torch.stack(outs), torch.stack(lses)
+
+
+def _varlen_serves(rows: Tensor, context: PackedHeads) -> bool:
+    half = rows.dtype in (torch.float16, torch.bfloat16)
+    return rows.is_cuda and half and context.head_dim == context.value_dim <= 256 and min(context.lengths) > 0
+
+
+def _varlen(rows: Tensor, context: PackedHeads, scale: float) -> tuple[Tensor, Tensor]:
+    """One variable-length flash call: key heads are the sequences of the batch."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    heads, n, d = rows.shape
+    k, v = context.tensors(rows.dtype)
+    starts = torch.arange(0, heads * n + 1, n, dtype=torch.int32, device=rows.device)
+    out, lse = varlen_attn(
+        rows.reshape(heads * n, 1, d),
+        k.unsqueeze(1),
+        v.unsqueeze(1),
+        starts,
+        context.starts,
+        n,
+        max(context.lengths),
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+    )
+    return out.view(heads, n, -1), lse.float().reshape(heads, n)

@@ -1,0 +1,146 @@
+"""The ragged store: every head keeps a different number of key-value pairs, in one array per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quantise import Quantised
+
+
+@dataclass(frozen=True)
+class PackedHeads:
+    """Key-value pairs of one layer, head after head, in the order of their positions. Immutable: copies share it.
+
+    Attributes:
+        keys: (N, d), N being the sum of the lengths.
+        values: (N, dv).
+        lengths: pairs of each of the H heads.
+        prefix: the first pairs of each head that are never evicted.
+        scores: (N,) float32 log importance, +inf on the prefix; None if not kept.
+    """
+
+    keys: Tensor | Quantised
+    values: Tensor | Quantised
+    lengths: tuple[int, ...]
+    prefix: int = 0
+    scores: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls, keys: Tensor, values: Tensor, keep: Tensor, prefix: int = 0, scores: Tensor | None = None
+    ) -> PackedHeads:
+        """Keep some pairs of a dense layer.
+
+        Args:
+            keys, values: (H, n, d) and (H, n, dv).
+            keep: (H, n) bool; the first ``prefix`` columns must be True.
+            prefix: see the class.
+            scores: (H, n) float32, to be kept too.
+        """
+        keep = keep.to(keys.device)
+        lengths = tuple(keep.sum(1).tolist())
+        return cls(keys[keep], values[keep], lengths, prefix, None if scores is None else scores[keep])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.keys.shape[1])
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.values.shape[1])
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(H + 1,) int32 on the device of the keys: where each head begins, and the end."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.keys.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and, where kept, scores: ``N * (d + dv) * itemsize`` unless they are quantised."""
+        parts = (self.keys, self.values, self.scores)
+        return sum(p.nbytes for p in parts if p is not None)
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys (N, d) and values (N, dv), dequantised."""
+        keys, values = self.keys, self.values
+        return (
+            keys.dequantise(dtype) if isinstance(keys, Quantised) else keys,
+            values.dequantise(dtype) if isinstance(values, Quantised) else values,
+        )
+
+    def heads(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys (n_h, d) and values (n_h, dv) of one head after the other; only one is dequantised at a time."""
+        start = 0
+        for length in self.lengths:
+            part = slice(start, start + length)
+            keys, values = self.keys[part], self.values[part]
+            yield (
+                keys.dequantise(dtype) if isinstance(keys, Quantised) else keys,
+                values.dequantise(dtype) if isinstance(values, Quantised) else values,
+            )
+            start += length
+
+    def prefix_pairs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(H, prefix, d) and (H, prefix, dv)."""
+        pairs = [(k[: self.prefix], v[: self.prefix]) for k, v in self.heads(dtype)]
+        return torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])
+
+    def select(self, keep: Tensor) -> PackedHeads:
+        """Those pairs only.
+
+        Args:
+            keep: (N,) bool, True on the prefix.
+        """
+        lengths = tuple(int(part.sum()) for part in keep.split(list(self.lengths)))
+        scores = None if self.scores is None else self.scores[keep]
+        return replace(self, keys=self.keys[keep], values=self.values[keep], lengths=lengths, scores=scores)
+
+    def append(self, other: PackedHeads) -> PackedHeads:
+        """The pairs of ``other`` behind those of every head; ``other`` has no prefix."""
+        order = _interleave(self.lengths, other.lengths).to(self.keys.device)
+        scores = None
+        if self.scores is not None and other.scores is not None:
+            scores = torch.cat([self.scores, other.scores])[order]
+        return replace(
+            self,
+            keys=_cat(self.keys, other.keys)[order],
+            values=_cat(self.values, other.values)[order],
+            lengths=tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True)),
+            scores=scores,
+        )
+
+    def quantise(self, bits: int, group: int = 32) -> PackedHeads:
+        """Keys and values as integers of 8 or 4 bits; see :class:`Quantised`."""
+        if isinstance(self.keys, Quantised) or isinstance(self.values, Quantised):
+            raise ValueError("the pairs are quantised already; quantise the cache that was compressed without bits=")
+        return replace(self, keys=Quantised.of(self.keys, bits, group), values=Quantised.of(self.values, bits, group))
+
+    def to(self, device: torch.device | str) -> PackedHeads:
+        scores = None if self.scores is None else self.scores.to(device)
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device), scores=scores)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedHeads:
+        return self
+
+
+def _cat(first: Tensor | Quantised, second: Tensor | Quantised) -> Any:
+    if isinstance(first, Quantised) and isinstance(second, Quantised):
+        return first.cat(second)
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    return torch.cat([first, second])
+
+
+def _interleave(first: tuple[int, ...], second: tuple[int, ...]) -> Tensor:
+    """Indices into the concatenation of two packed arrays that put each head's parts side by side."""
+    parts, a, b = [], 0, sum(first)
+    for n, m in zip(first, second, strict=True):
+        parts += [torch.arange(a, a + n), torch.arange(b, b + m)]
+        a, b = a + n, b + m
+    return torch.cat(parts)
