@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .packed import PackedHeads
 
+# Private to torch; where a version lacks it, attention is computed in blocks.
+_CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BLOCK = 1 << 21  # score entries that are held at once where no fused operator serves
-_FEW_ROWS = 64  # up to here two plain products per head are faster than the fused operator
 
 
 def attention(
@@ -38,12 +38,14 @@ def attention(
     if k.shape[2] == 0:
         shape = q.shape[:3]
         return q.new_zeros(*shape, v.shape[-1]), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    causal = causal and q.shape[2] > 1
     square = q.shape[2] == k.shape[2]
-    if mask is None and softcap is None and (square or not causal) and q.shape[-1] == v.shape[-1]:
-        fused = _fused(q, k, v, scale, causal)
+    one = q.shape[2] == 1 and mask is not None and mask.shape[1] == 1  # the mask of a decoding step
+    if softcap is None and (square or not causal) and q.shape[-1] == v.shape[-1] and (mask is None or one):
+        fused = _fused(q, k, v, scale, causal, mask)
         if fused is not None:
             return fused
-    if causal and not (square and q.shape[2] == 1):
+    if causal:
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         mask = (
             seen if mask is None else (mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf))
@@ -51,13 +53,14 @@ def attention(
     return _in_blocks(q, k, v, scale, mask, softcap)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """The flash operator of the device with its log-sum-exp, or None where it does not serve.
 
-    The operators are private to torch, hence the looks before the call.
     """
     groups = q.shape[1] // k.shape[1]
-    if q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+    if q.device.type == "cpu" and _CPU_FLASH is not None:
         if not q.dtype.is_floating_point or q.dtype == torch.float16 or q.dtype != k.dtype:
             return None
         if causal:
@@ -65,10 +68,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple
             rows = q
         else:  # without a causal order the queries of a group are rows of one head: nothing is repeated
             rows = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = op(rows, k, v, 0.0, causal, attn_mask=None, scale=scale)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        out, lse = _CPU_FLASH.default(rows, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out.reshape(*q.shape[:3], -1), lse.float().reshape(q.shape[:3])
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if q.device.type == "cuda" and half and mask is None and q.shape[-1] <= 256:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return out, lse[..., : q.shape[2]].float()
@@ -106,8 +111,7 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
         first, second: outputs (..., dv) and log-sum-exps (...) float32, as :func:`attention` returns them.
     """
     (a, lse_a), (b, lse_b) = first, second
-    share = torch.sigmoid(lse_a - lse_b)
-    share = torch.where(lse_b == -torch.inf, 1.0, share).unsqueeze(-1)  # both empty: -inf - -inf is not a number
+    share = torch.sigmoid(lse_a - lse_b).nan_to_num_(1.0).unsqueeze(-1)  # both empty: -inf - -inf is not a number
     return torch.lerp(b.float(), a.float(), share).to(a.dtype), torch.logaddexp(lse_a, lse_b)
 
 
@@ -147,9 +151,12 @@ def ragged_attention(
     Returns:
         As :func:`attention`.
     """
-    rows = q.shape[0] // len(contexts)
-    parts = [packed_attention(part, c, scale, softcap) for part, c in zip(q.split(rows), contexts, strict=True)]
-    packed = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    if len(contexts) == 1:
+        packed = packed_attention(q, contexts[0], scale, softcap)
+    else:
+        rows = q.split(q.shape[0] // len(contexts))
+        parts = [packed_attention(part, c, scale, softcap) for part, c in zip(rows, contexts, strict=True)]
+        packed = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     tail = attention(q, k, v, scale, causal=mask is None, mask=mask, softcap=softcap)
     return with_sinks(merge(packed, tail), sinks)
 
@@ -181,19 +188,15 @@ def packed_attention(
 
 
 def _per_head(rows: Tensor, context: PackedHeads, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    n = rows.shape[1]
-    outs, lses = [], []
-    for q, (k, v) in zip(rows, context.heads(rows.dtype), strict=True):
-        if softcap is None and n <= _FEW_ROWS and len(k) * n <= _BLOCK:
-            scores = torch.mm(q, k.T).float().mul_(scale)
-            lse = scores.logsumexp(-1)
-            outs.append(torch.mm(F.softmax(scores, -1).to(v.dtype), v) if len(k) else q.new_zeros(n, v.shape[1]))
-            lses.append(lse)
-        else:
-            out, lse = attention(*(t.view(1, 1, *t.shape) for t in (q, k, v)), scale, softcap=softcap)
-            outs.append(out[0, 0])
-            lses.append(lse[0, 0])
-    return torch.stack(outs), torch.stack(lses)
+    if len(set(context.lengths)) == 1:  # nothing was evicted, or the same everywhere
+        k, v = (t.view(1, len(rows), -1, t.shape[1]) for t in context.tensors(rows.dtype))
+        out, lse = attention(rows.unsqueeze(0), k, v, scale, softcap=softcap)
+        return out[0], lse[0]
+    parts = [
+        attention(q, k.view(1, 1, *k.shape), v.view(1, 1, *v.shape), scale, softcap=softcap)
+        for q, (k, v) in zip(rows[:, None, None], context.heads(rows.dtype), strict=True)
+    ]
+    return torch.cat([out for out, _ in parts], 1)[0], torch.cat([lse for _, lse in parts], 1)[0]
 
 
 def _varlen_serves(rows: Tensor, context: PackedHeads) -> bool:

@@ -77,15 +77,16 @@ class PackedHeads:
 
     def heads(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys (n_h, d) and values (n_h, dv) of one head after the other; only one is dequantised at a time."""
-        start = 0
-        for length in self.lengths:
-            part = slice(start, start + length)
-            keys, values = self.keys[part], self.values[part]
+        for keys, values in self._views:
             yield (
                 keys.dequantise(dtype) if isinstance(keys, Quantised) else keys,
                 values.dequantise(dtype) if isinstance(values, Quantised) else values,
             )
-            start += length
+
+    @cached_property
+    def _views(self) -> list[tuple[Tensor | Quantised, Tensor | Quantised]]:
+        parts = [slice(end - n, end) for n, end in zip(self.lengths, accumulate(self.lengths), strict=True)]
+        return [(self.keys[part], self.values[part]) for part in parts]
 
     def prefix_pairs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(H, prefix, d) and (H, prefix, dv)."""
