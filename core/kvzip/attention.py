@@ -9,6 +9,11 @@ from .packed import PackedHeads
 
 # Private to torch; where a version lacks it, attention is computed in blocks.
 _CPU_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+try:
+    import torch.nn.attention.varlen as _VARLEN
+except ImportError:  # a torch without it, or built without flash attention
+    _VARLEN = None  # type: ignore[assignment]
+
 _BLOCK = 1 << 21  # score entries that are held at once where no fused operator serves
 
 
@@ -56,9 +61,7 @@ def attention(
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The flash operator of the device with its log-sum-exp, or None where it does not serve.
-
-    """
+    """The flash operator of the device with its log-sum-exp, or None where it does not serve."""
     groups = q.shape[1] // k.shape[1]
     if q.device.type == "cpu" and _CPU_FLASH is not None:
         if not q.dtype.is_floating_point or q.dtype == torch.float16 or q.dtype != k.dtype:
@@ -200,18 +203,19 @@ def _per_head(rows: Tensor, context: PackedHeads, scale: float, softcap: float |
 
 
 def _varlen_serves(rows: Tensor, context: PackedHeads) -> bool:
+    if _VARLEN is None:
+        return False
     half = rows.dtype in (torch.float16, torch.bfloat16)
     return rows.is_cuda and half and context.head_dim == context.value_dim <= 256 and min(context.lengths) > 0
 
 
 def _varlen(rows: Tensor, context: PackedHeads, scale: float) -> tuple[Tensor, Tensor]:
     """One variable-length flash call: key heads are the sequences of the batch."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
+    assert _VARLEN is not None
     heads, n, d = rows.shape
     k, v = context.tensors(rows.dtype)
     starts = torch.arange(0, heads * n + 1, n, dtype=torch.int32, device=rows.device)
-    out, lse = varlen_attn(
+    out, lse = _VARLEN.varlen_attn(
         rows.reshape(heads * n, 1, d),
         k.unsqueeze(1),
         v.unsqueeze(1),
@@ -219,7 +223,7 @@ def _varlen(rows: Tensor, context: PackedHeads, scale: float) -> tuple[Tensor, T
         context.starts,
         n,
         max(context.lengths),
-        return_aux=AuxRequest(lse=True),
+        return_aux=_VARLEN.AuxRequest(lse=True),
         scale=scale,
     )
     return out.view(heads, n, -1), lse.float().reshape(heads, n)

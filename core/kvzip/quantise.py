@@ -88,7 +88,8 @@ class Quantised:
         if self.bits != other.bits:
             raise ValueError(f"cannot join {self.bits}-bit and {other.bits}-bit pairs; use the same bits for both")
         parts = zip((self.codes, self.scale, self.minimum), (other.codes, other.scale, other.minimum), strict=True)
-        return Quantised(*(torch.cat(p) for p in parts), self.bits)
+        codes, scale, minimum = (torch.cat(p) for p in parts)
+        return Quantised(codes, scale, minimum, self.bits)
 
     def to(self, device: torch.device | str) -> Quantised:
         return Quantised(self.codes.to(device), self.scale.to(device), self.minimum.to(device), self.bits)

@@ -57,9 +57,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 def render_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **template_kwargs: Any) -> Tensor:
     """(1, L) ids of the rendered messages, up to where the answer starts."""
-    return tokenizer.apply_chat_template(
+    rendered: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **template_kwargs
-    )["input_ids"]
+    )
+    return rendered["input_ids"]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], template_kwargs: dict[str, Any]) -> str:

@@ -46,6 +46,13 @@ def unwrap(model: Any) -> PreTrainedModel:
     return model
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Refuse what a compressed cache cannot serve, before anything runs.
 
@@ -102,6 +109,7 @@ def prefill(model: PreTrainedModel, ids: Sequence[int], chunk: int) -> list[Dens
         if isinstance(layer, DynamicSlidingWindowLayer):
             layers.append(SlidingState.of(layer))
         else:
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
             layers.append(Dense(layer.keys, layer.values))
     return layers
 
@@ -122,15 +130,17 @@ def prefill_more(
     _feed(model, cache, ids, chunk, "reading")
     out: list[Dense | SlidingState] = []
     for layer, before in zip(cache.layers, layers, strict=True):
-        if isinstance(before, SlidingState):
+        if isinstance(layer, DynamicSlidingWindowLayer):
             out.append(SlidingState.of(layer))
         else:
+            assert isinstance(layer, PackedLayer) and isinstance(before, PackedHeads)
+            assert layer.keys is not None and layer.values is not None
             out.append(Dense(layer.keys, layer.values, before))
     return out
 
 
 def _feed(model: PreTrainedModel, cache: Cache, ids: Sequence[int], chunk: int, what: str) -> None:
-    pieces = torch.tensor(ids, device=model.get_input_embeddings().weight.device).unsqueeze(0).split(chunk, 1)
+    pieces = torch.tensor(ids, device=input_device(model)).unsqueeze(0).split(chunk, 1)
     for piece in tqdm(pieces, desc=what, unit="chunk", disable=None if len(pieces) > 1 else True, leave=False):
         forward(model, piece, cache)
 
@@ -174,8 +184,7 @@ def reconstruct(
             layer.chunk = slice(fresh + start, fresh + start + len(part))
         last = [*before, *ids[:start]][-LAST:]
         prompt = repeat_prompt(tokenizer, chat, last)
-        where = model.get_input_embeddings().weight.device
-        forward(model, torch.tensor([[*prompt, *part]], device=where), cache)
+        forward(model, torch.tensor([[*prompt, *part]], device=input_device(model)), cache)
     return [layer.scores for layer in scoring]
 
 

@@ -113,6 +113,8 @@ class KVzipCache(Cache):
         state = compress(inner, tokenizer, chat, ids, len(start), context, options, template_kwargs, scores)
         self._set(inner, tokenizer, chat, [state])
 
+    layers: list[Any]  # of transformers or of this package; the base class admits more kinds than check_model does
+
     def _set(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Chat, states: list[Context]
     ) -> None:
@@ -152,7 +154,7 @@ class KVzipCache(Cache):
     @property
     def full_nbytes(self) -> int:
         """Bytes that transformers' own cache would take for the same contexts."""
-        size = self.model.get_input_embeddings().weight.dtype.itemsize
+        size = self.model.dtype.itemsize
         total = 0
         for state in self._states:
             for p in state.layers:
@@ -252,7 +254,7 @@ class KVzipCache(Cache):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, seen - own : seen + self._kept] = 1
             mask[i, seen + self._kept + width - len(row) :] = 1
-        device = self.model.get_input_embeddings().weight.device
+        device = build.input_device(self.model)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
     def _pad_id(self) -> int:
@@ -295,7 +297,7 @@ class KVzipCache(Cache):
             if isinstance(start, SlidingState):
                 start.restore(layer)
             else:
-                layer.cut(self._kept)
+                layer.restore(self._kept)
         self._last = None
 
     def reset(self) -> None:
@@ -447,7 +449,9 @@ class KVzipCache(Cache):
     # Keeping it
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub_kwargs: Any) -> None:
-        """Write ``kvzip.safetensors``, ``kvzip.json``, ``head_scores.json`` and a card. The files contain the document.
+        """Write ``kvzip-*.safetensors``, ``kvzip.json``, ``head_scores.json`` and a card. They contain the document.
+
+        A save that is there already is replaced in one step.
 
         Args:
             hub_kwargs: for :meth:`push_to_hub`, with ``repo_id``.

@@ -211,6 +211,11 @@ class PackedLayer(_FixedContextLayer):
         else:
             self.keys, self.values = self.keys[:, :, :tail], self.values[:, :, :tail]
 
+    def restore(self, kept: int) -> None:
+        """Only the context and a kept conversation of ``kept`` tokens stay; beams of it were equal rows."""
+        self.cut(kept)
+        self._rows(lambda t: t[:1])
+
     def crop(self, tokens_to_remove: int) -> None:
         length = self.tail + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove - self.seen
         if length < 0:
