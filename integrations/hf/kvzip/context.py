@@ -225,7 +225,10 @@ def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel, tokeni
     from . import artifact
 
     config = model.config.get_text_config(decoder=True)
-    scores = source.float().cpu() if isinstance(source, Tensor) else artifact.load_head_scores(source, model, tokenizer)
+    if isinstance(source, Tensor):
+        scores = source.detach().to("cpu", torch.float32, copy=True)  # the caller's own may change later
+    else:
+        scores = artifact.load_head_scores(source, model, tokenizer)
     layers = sum(not isinstance(p, DynamicSlidingWindowLayer) for p in build.DynamicCache(config=config).layers)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if scores.shape != (layers, heads) or scores.isnan().any():
