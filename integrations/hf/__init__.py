@@ -19,6 +19,12 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_MODULES[name], __name__), name)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.partition(".")[0] not in ("datasets", "PIL", "huggingface_hub", "transformers", "xxhash"):
+        if e.name is None or e.name.partition(".")[0] not in (
+            "datasets",
+            "PIL",
+            "huggingface_hub",
+            "transformers",
+            "xxhash",
+        ):
             raise
         raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[hf]'", name=e.name) from e

@@ -65,7 +65,9 @@ def switch_attention(model: PreTrainedModel) -> None:
             "be replaced; take a model whose class sets _supports_attention_backend"
         )
     # Flash and flex kernels want masks of another form; sdpa computes the same and takes a mask that covers the tail.
-    eager = config._attn_implementation == "eager" or not getattr(model, "_supports_sdpa", False)
+    # It knows no soft cap, though, and some versions let such a model run with it.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    eager = capped or config._attn_implementation == "eager" or not getattr(model, "_supports_sdpa", False)
     model.set_attn_implementation(EAGER if eager else SDPA)
     if config._attn_implementation not in NAMES:
         raise TypeError(f"model: {type(model).__name__} does not let its attention implementation be set")

@@ -356,9 +356,9 @@ def _layer(
         raise file.bad(f"layer {i}: shape={shape!r:.80} must be the sizes of a key and a value")
     if entry["attention"] == "sliding":
         window, read = file.count(entry, "window", 1, 1 << 31), file.count(entry, "seen", seen, seen)
-        keys = file.finite(f"{i}.keys", dtype, 1, None, None, shape[0])
-        values = file.finite(f"{i}.values", dtype, 1, keys.shape[1], keys.shape[2], shape[1])
-        return SlidingState(keys.to(device), values.to(device), window, read)
+        recent = file.finite(f"{i}.keys", dtype, 1, None, None, shape[0])
+        theirs = file.finite(f"{i}.values", dtype, 1, recent.shape[1], recent.shape[2], shape[1])
+        return SlidingState(recent.to(device), theirs.to(device), window, read)
     lengths = file.value(entry, "lengths", list)
     if not lengths or any(type(n) is not int or not prefix <= n <= seen for n in lengths):
         raise file.bad(f"layer {i}: lengths must be numbers from {prefix} to {seen}, one for each head")

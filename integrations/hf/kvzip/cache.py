@@ -125,6 +125,7 @@ class KVzipCache(Cache):
         self._kept_ids: list[int] | None = []  # those tokens, where they are known
         self._pending: list[int] = []  # the end of the kept answer that generate never fed to the model
         self._last: PackedLayer | None = None
+        self._all_tokens: int | None = None  # where generate() was given all ids: it must cut the cached ones away
         self._start = [joined([s.layers[i] for s in states]) for i in range(len(states[0].layers))]
         seen = self.seen_tokens
         super().__init__(
@@ -298,7 +299,7 @@ class KVzipCache(Cache):
                 start.restore(layer)
             else:
                 layer.restore(self._kept)
-        self._last = None
+        self._last = self._all_tokens = None
 
     def reset(self) -> None:
         """Back to the compressed context, without a kept conversation; never to an empty cache."""
@@ -552,9 +553,16 @@ class KVzipCache(Cache):
                 "input_ids does not begin with the tokens that the cache has read: either the attention_mask is "
                 "missing or the text is another one; pass **cache.inputs(question)"
             )
+        self._all_tokens = ids.shape[1]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx == 0:
+            if self._all_tokens is not None and key_states.shape[2] >= self._all_tokens:
+                raise ValueError(
+                    "the model was fed the cached context again, as assisted decoding does when input_ids hold it; "
+                    "pass **cache.inputs(question)"
+                )
+            self._all_tokens = None
             self._check_room(key_states.shape[2])
         if self._last is not None and self._last.waiting:
             self._last.waiting = False

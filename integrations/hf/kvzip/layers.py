@@ -190,6 +190,14 @@ class PackedLayer(_FixedContextLayer):
             raise ValueError(
                 "the cache belongs to another model object; compress the context, or load it, with this one"
             )
+        if mask is not None and query.shape[2] > 1:
+            newest = mask[:, :, -1, -1]
+            if not (newest if mask.dtype == torch.bool else newest == 0).all():
+                raise ValueError(
+                    "attention_mask hides the newest token: it is shorter than context and question, or padded on the "
+                    "right; pass **cache.inputs(question). Assisted decoding cuts the mask before transformers 5.23: "
+                    "update, or decode without it"
+                )
         return ragged_attention(query, self.contexts, key, value, scale, mask, softcap, sinks)[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
