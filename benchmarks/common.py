@@ -106,7 +106,15 @@ def add_data_option(arguments: argparse.ArgumentParser) -> None:
     )
 
 
-def start(name: str, title: str, args: argparse.Namespace, threads: int, settings: Cell, workers: int = 1) -> Run:
+def start(
+    name: str,
+    title: str,
+    args: argparse.Namespace,
+    threads: int,
+    settings: Cell,
+    workers: int = 1,
+    packages: Sequence[str] = PACKAGES,
+) -> Run:
     """Set the thread count, say where this runs, and read the cells that are there.
 
     Cells of other settings, versions or processors are dropped: their numbers do not compare. Quick
@@ -122,7 +130,7 @@ def start(name: str, title: str, args: argparse.Namespace, threads: int, setting
         "cpu": _cpu(),
         "processors": os.cpu_count(),
         "threads": f"{workers} processes of {text} each" if workers > 1 else text,
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
     }
     run = Run(name, title, settings | {"quick": args.quick}, args, machine)
     print(f"{title}\n{run.machine_line()}\nLoad average {os.getloadavg()[0]:.2f}, {_now()}.")

@@ -17,6 +17,9 @@ SCRIPTS = (
     ("cifar10", True),
     ("figure_3_2", True),
     ("step_time", True),
+    ("kvzip_quality", False),
+    ("kvzip_variants", False),
+    ("kvzip_speed", False),
 )
 
 

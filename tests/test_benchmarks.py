@@ -15,7 +15,10 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("common", "synthetic", "cifar", "solver_time", "transport_time", "cifar10", "figure_3_2", "step_time")
+NAMES = (
+    *("common", "synthetic", "cifar", "solver_time", "transport_time", "cifar10", "figure_3_2", "step_time"),
+    *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_cuda"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,27 @@ def test_targets_are_judged_in_words(scripts):
     common = scripts["common"]
     assert common.verdict("a ratio", 9.9, least=10).endswith("MISSED.")
     assert common.verdict("a ratio", 1.79, most=1.8).endswith("met.")
+
+
+def test_kvzip_quality(run, results):
+    cells, text = run("kvzip_quality")
+    ours, others = (cells[f"short lines 0: {name}"]["0.3"]["codes"]["nll"] for name in ("KVzip", "PyramidKV-like"))
+    full = cells["short lines 0: full"]["1.0"]["codes"]["nll"]
+    assert full < ours + 0.1 < others
+    assert "Figure 8.12" in text and "Table 8.1" in text
+    for number in ("8_5", "8_6"):
+        assert Image.open(results / f"kvzip_figure_{number}.png").format == "PNG"
+
+
+def test_kvzip_speed(run):
+    cells, text = run("kvzip_speed")
+    cell = cells["n=256"]
+    assert cell["bytes"]["8"]["DynamicCache"] == 8 * cell["bytes"]["1"]["1.0"] > cell["bytes"]["1"]["0.3"]
+    assert min(cell["decode"]["8"].values()) > 0 and "at most 1.8" in text
+
+
+def test_kvzip_cuda_says_that_it_needs_a_gpu(scripts, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["kvzip_cuda.py"])
+    scripts["kvzip_cuda"].main()
+    assert "finds no GPU" in capsys.readouterr().out

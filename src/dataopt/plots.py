@@ -1,4 +1,4 @@
-"""Pictures of what a mix did. The only module that imports matplotlib."""
+"""Pictures of what a mix did and of what a cache kept. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from io import BytesIO
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 FIRST, SECOND = "#1f6fd6", "#f58a07"  # of the first and of the second input, everywhere in a picture
 # Inches: the sides of a row's six panels, the gaps after them, the border and the line of titles.
@@ -16,6 +17,7 @@ _SIDES = (1.3, 1.3, 1.3, 1.3, 1.3, 1.75)
 _GAP, _TITLE = 0.13, 0.4
 _GAPS = (0.09, 0.28, 0.09, 0.28, 0.28, _GAP)
 _CURVES = ("#8a8a8a", FIRST, "#d1342f")
+_SHARE = LinearSegmentedColormap.from_list("share", ["#eef3fa", "#8fb8e8", FIRST, "#0c2f66"])
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffd21f", "#ff5a1f", "#c00020"])
 
 
@@ -88,11 +90,113 @@ def show_curves(panels: Mapping[str, Mapping[str, Curve]], x_label: str) -> Figu
             ax.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel(x_label)
-        ax.grid(color="#e4e4e4", linewidth=0.7)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        _plain(ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def show_kept(lengths: np.ndarray, seen: int) -> Figure:
+    """Share of the pairs that each head of each layer kept, as a heat map.
+
+    Args:
+        lengths: (L, H), pairs that stayed.
+        seen: pairs that there were, the same number for every head.
+    """
+    layers, heads = lengths.shape
+    cell = min(0.34, 9 / layers)
+    height = max(cell * heads, 0.9)
+    figure = Figure(figsize=(max(cell * layers + 1.9, 5), height + 1.2), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    share = lengths.T / seen
+    shown = ax.imshow(share, vmin=0, vmax=1, cmap=_SHARE, aspect="auto", interpolation="nearest")
+    ax.set_xticks(np.arange(-0.5, layers), minor=True)
+    ax.set_yticks(np.arange(-0.5, heads), minor=True)
+    ax.grid(which="minor", color="white", linewidth=1)
+    ax.tick_params(which="both", length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.set(xlim=(-0.5, layers - 0.5), ylim=(heads - 0.5, -0.5), xlabel="layer", ylabel="key head")
+    ax.spines[:].set_visible(False)
+    span = f"{share.min():.1%} to {share.max():.1%} a head"
+    ax.set_title(f"kept: {share.mean():.1%} of {seen:,} pairs, {span}", fontsize=11, loc="left")
+    figure.colorbar(shown, ax=ax, format=PercentFormatter(1), ticks=[0, 0.5, 1], pad=0.02)
+    return figure
+
+
+def show_sweep(ratios: Sequence[float], nbytes: Sequence[int], losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Quality and size over the share of pairs that stays, side by side.
+
+    Args:
+        ratios: in any order.
+        nbytes: for each ratio.
+        losses: what was asked for (at most three) to a negative log-likelihood per token for each ratio.
+    """
+    figure = Figure(figsize=(7.4, 3.1), facecolor="white", layout="constrained")
+    quality, size = figure.subplots(1, 2)
+    order = np.argsort(ratios)
+    x = np.asarray(ratios)[order]
+    for (name, y), colour, marker in zip(losses.items(), (FIRST, SECOND, "#d1342f"), "os^", strict=False):
+        quality.plot(x, np.asarray(y)[order], color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+    quality.set_ylim(bottom=0)
+    quality.set_title("loss, nats per token (lower is better)", fontsize=11)
+    quality.legend(frameon=False)
+    size.plot(x, np.asarray(nbytes)[order] / 1e6, color="#444444", marker="o", markersize=4, linewidth=1.6)
+    size.set_ylim(bottom=0)
+    size.set_title("stored pairs, MB", fontsize=11)
+    for ax in (quality, size):
+        ax.set_xlim(0, 1.03)
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.set_xlabel("pairs kept")
+        _plain(ax)
+    return figure
+
+
+def show_histograms(prefill: np.ndarray, reconstruction: np.ndarray, bins: int = 50) -> Figure:
+    """How much attention the pairs receive at most, while a text is read and while it is repeated (figure 8.5).
+
+    Args:
+        prefill, reconstruction: of any shape, in [0, 1]: the maximum for each pair.
+    """
+    figure = Figure(figsize=(5.2, 3.2), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    edges = np.linspace(0, 1, bins + 1)
+    for values, colour, name in ((prefill, "#8a8a8a", "prefill"), (reconstruction, FIRST, "reconstruction")):
+        counts = np.histogram(np.ravel(values), edges)[0]
+        label = f"{name}, {np.mean(np.ravel(values) > 0.5):.1%} above 0.5"
+        ax.stairs(counts, edges, fill=True, color=colour, alpha=0.35)
+        ax.stairs(counts, edges, color=colour, linewidth=1.6, label=label)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # the default of a log axis wants fonts of its own
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlim=(0, 1), xlabel="maximum attention that a pair receives", ylabel="pairs")
+    ax.legend(frameon=False)
+    _plain(ax)
+    return figure
+
+
+def show_joint(panels: Sequence[tuple[tuple[str, np.ndarray], tuple[str, np.ndarray]]], bins: int = 40) -> Figure:
+    """Maximum attention of each pair under two tasks, as 2-d histograms with one scale of colours (figure 8.6).
+
+    Args:
+        panels: for each panel what is on the x and on the y axis: its name and, for each pair, a value in [0, 1]. Both
+            arrays have the same number of values.
+    """
+    figure = Figure(figsize=(2.55 * len(panels) + 0.8, 2.95), facecolor="white", layout="compressed")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    edges = np.linspace(0, 1, bins + 1)
+    shares = [
+        np.histogram2d(np.ravel(x), np.ravel(y), [edges, edges])[0].T / max(np.size(x), 1) for (_, x), (_, y) in panels
+    ]
+    least = min(s[s > 0].min(initial=1) for s in shares)
+    norm = LogNorm(least, max(max(s.max() for s in shares), 10 * least))
+    for ax, ((x_name, _), (y_name, _)), share in zip(axes, panels, shares, strict=True):
+        # an empty cell is no colour of the scale
+        shown = ax.pcolormesh(edges, edges, np.ma.masked_equal(share, 0), norm=norm, cmap=_SHARE, rasterized=True)
+        ax.plot([0, 1], [0, 1], color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.set(xlabel=x_name, ylabel=y_name, aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    bar = figure.colorbar(shown, ax=list(axes), label="share of pairs", pad=0.02, format=StrMethodFormatter("{x:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
@@ -101,6 +205,12 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     out = BytesIO()
     figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()
+
+
+def _plain(ax: Axes) -> None:
+    ax.grid(color="#e4e4e4", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _image(ax: Axes, pixels: np.ndarray, colour: str, faint: bool = False, width: float = 3.0) -> None:

