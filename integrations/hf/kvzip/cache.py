@@ -119,6 +119,8 @@ class KVzipCache(Cache):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Chat, states: list[Context]
     ) -> None:
         self.model, self.tokenizer, self._chat = model, tokenizer, chat
+        self._config = model.config.get_text_config(decoder=True)
+        self._rope_limit = build.changing_rope_limit(model)
         self._modules = frozenset(id(m) for m in model.modules())
         self._states = states
         self._kept = 0  # tokens of the tail that stay at a new generate
@@ -579,7 +581,7 @@ class KVzipCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check_attention(self) -> None:
-        name = self.model.config.get_text_config(decoder=True)._attn_implementation
+        name = self._config._attn_implementation
         if name not in NAMES:
             raise RuntimeError(
                 f"the model's attention was set to {name!r} after the cache was made, which sees only the question; "
@@ -587,8 +589,10 @@ class KVzipCache(Cache):
             )
 
     def _check_room(self, new: int) -> None:
-        limit, total = build.changing_rope_limit(self.model), self.get_seq_length() + new
-        if limit is not None and self.seen_tokens <= limit < total:
+        if self._rope_limit is None:
+            return
+        limit, total = self._rope_limit, self.get_seq_length() + new
+        if self.seen_tokens <= limit < total:
             raise ValueError(
                 f"{total} tokens pass the length of {limit} at which this model's rotary embedding changes for all "
                 "positions, cached ones included; shorten the context or the answer"
