@@ -13,7 +13,7 @@ BENCH_EXTRAS ?= demo,hf
 .NOTPARALLEL:
 
 help:
-	@echo "make demo    train on handwritten digits, plain, CutMix and Puzzle Mix, and draw what was mixed"
+	@echo "make demo    train on handwritten digits with Puzzle Mix; ask a compressed text questions"
 	@echo "make test    run the whole suite"
 	@echo "make lint    ruff"
 	@echo "make types   mypy on the installed wheel"
