@@ -52,7 +52,7 @@ class KVzipCache(Cache):
             "uniform" each head.
         max_tokens: pairs that a head keeps on average, instead of ``ratio``.
         instruction: a sentence before the context.
-        chunk: context tokens per scoring pass (2000 in the thesis; smaller is faster and no worse).
+        chunk: context tokens per scoring pass (2000 in the thesis).
         prefill_chunk: tokens per step while the context is read.
         norm: "full" normalises attention over all keys, "subset" over prefix, chunk and input, as the released
             code does.
