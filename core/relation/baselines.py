@@ -146,15 +146,15 @@ def react(features: Any, weight: Any, bias: Any, reference_features: Any, percen
 def kl_matching(probs: Any, reference_probs: Any) -> Tensor:
     """min_k KL(p || d_k), with d_k the mean prediction of the reference rows that are predicted as class k.
 
-    A class that no reference row is predicted as has no d_k. Entries of d_k below 1.2e-38 count as 1.2e-38.
+    A class that no reference row is predicted as is left out. Entries of d_k below 1.2e-38 count as 1.2e-38.
 
     probs: (n, C). reference_probs: (m, C) of data known to belong.
     Hendrycks et al., Scaling out-of-distribution detection for real-world settings, ICML 2022.
     """
     p = as_probs(probs)
     reference = _same_width(as_probs(reference_probs, "reference_probs"), p, "reference_probs")
-    typical, count = _class_means(reference, reference.argmax(1).cpu(), p.shape[1])
-    log_typical = typical[count > 0].clamp(min=_TINY).log()
+    typical = _class_means(reference, reference.argmax(1).cpu(), p.shape[1])
+    log_typical = typical.clamp(min=_TINY).log()  # the zeros of a class never predicted: as far as any other can be
 
     def rows(p: Tensor) -> Tensor:
         return (-torch.special.entr(p).sum(1, keepdim=True) - p @ log_typical.T).amin(1).clamp(min=0)
@@ -173,7 +173,7 @@ def mahalanobis(features: Any, reference_features: Any, reference_labels: Any) -
     x = as_features(features)
     reference = _same_width(as_features(reference_features, "reference_features"), x, "reference_features")
     ids, y = _integers(reference_labels, len(reference), "reference_labels").unique(return_inverse=True)
-    means, _ = _class_means(reference, y, len(ids))
+    means = _class_means(reference, y, len(ids))
     covariance = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for part in chunks(len(reference)):
         residual = reference[part].cpu().double() - means[y[part]]
@@ -288,13 +288,12 @@ def _array(x: Tensor) -> np.ndarray:
     return (x if x.dtype in (torch.float32, torch.float64) else x.float()).cpu().numpy()
 
 
-def _class_means(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(C, d) float64 means, zero for an empty class, and (C,) counts."""
+def _class_means(x: Tensor, y: Tensor, classes: int) -> Tensor:
+    """(C, d) float64 means, zero for an empty class."""
     total = torch.zeros(classes, x.shape[1], dtype=torch.float64)
     for part in chunks(len(x)):
         total.index_add_(0, y[part], x[part].cpu().double())
-    count = y.bincount(minlength=classes)
-    return total / count.clamp(min=1)[:, None], count
+    return total / y.bincount(minlength=classes).clamp(min=1)[:, None]
 
 
 def _neighbours(x: Tensor, reference: Tensor | None, k: int) -> tuple[np.ndarray, np.ndarray]:

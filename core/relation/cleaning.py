@@ -82,7 +82,7 @@ def find_issues(
 
     Relation (whitened features, t = 2) finds labels that confident neighbours contradict, loss those that the model
     itself doubts; the mean of their ranks was measured to be close to the better of both. As many labels are called
-    issues as the relation graph's noisy set holds.
+    issues as the noisy set of the thesis' own graph holds (raw features, t = 4), which stays small for weak models too.
 
     Args:
         features: (n, d). probs: (n, C). labels: (n,) class ids.
@@ -95,26 +95,23 @@ def find_issues(
     features = as_features(features) if not hasattr(features, "filename") else features
     probs = as_probs(probs, rows=len(features))
     labels = as_labels(labels, len(features), probs.shape[1]).cpu()
-    graph = RelationGraph(
-        features, probs, labels, temperature=2, whiten=True,
-        partitions=partitions, device=device, resume=resume, progress=progress,
-    )  # fmt: skip
-    found = graph.label_noise()
+    folder = None if resume is None else Path(resume)
+    shared: dict[str, Any] = {"partitions": partitions, "device": device, "progress": progress}
+    whitened = RelationGraph(
+        features, probs, labels, temperature=2, whiten=True, resume=folder and folder / "whitened", **shared
+    )
+    raw = RelationGraph(features, probs, labels, resume=folder and folder / "raw", **shared)
+    found = whitened.label_noise()
     losses = label_loss(probs, labels).double().cpu()
     ranks = torch.from_numpy(rankdata(found.noisiness.numpy()) + rankdata(losses.numpy()))
     label_score = 1 - (ranks - 2) / (2 * (len(ranks) - 1))
-    worst = label_score.argsort(stable=True)[: int(found.noisy.sum())]
+    worst = label_score.argsort(stable=True)[: int(raw.label_noise().noisy.sum())]
     is_label_issue = torch.zeros_like(found.noisy)
     is_label_issue[worst] = True
     predicted = labels.clone()
-    predicted[worst] = graph.suggest(worst, without=worst)
+    predicted[worst] = whitened.suggest(worst, without=worst)
 
-    similarity = (
-        1
-        / RelationGraph(
-            features, probs, labels, partitions=partitions, device=device, progress=progress
-        ).outlier_scores()
-    )
+    similarity = 1 / raw.outlier_scores()
     middle = similarity.median()
     is_outlier_issue = similarity < _FAR * middle
     twins = near_duplicates(features)
@@ -124,5 +121,5 @@ def find_issues(
     return Issues(
         label_score, is_label_issue, labels, predicted, found.noisiness, losses,
         similarity / (similarity + middle), is_outlier_issue, twins.score, twins.is_issue, twins.nearest,
-        suspects, graph.relations(suspects, top),
+        suspects, whitened.relations(suspects, top),
     )  # fmt: skip

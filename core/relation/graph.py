@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from . import label_noise as noise
-from .checks import as_features, as_labels, as_probs, warn_of_zero_rows
+from .checks import as_features, as_labels, as_probs, chunks, warn_of_zero_rows
 from .kernel import Kernel, power_
 from .outliers import check_subset, new_rows, outlier_scores, similarity_sums
 from .pairs import Pairs, Whitening, prepare, working
 from .sums import Sums, pair_sums, row_chunks
 
 _RELATIVE = 0.05  # of the largest score, the threshold where none is given
-_EDGES = 2**20  # computed together where single rows are asked for
+_EDGES = 2**19  # computed together where single rows are asked for: a few MB
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RelationGraph:
         partitions: split the rows at random into so many parts of one class balance, without edges between them: time
             falls by that factor. None is one graph.
         device: where to compute; None is where ``features`` are.
-        block: columns of a tile; None suits the device. Changes nothing but speed.
+        block: columns of a tile; None suits the device. Changes speed, and sums by rounding only.
         dtype: float32; bfloat16 for faster products with a relative error of about 0.3 %; or float64.
         resume: folder in which the long pass saves its sums, to go on there after a kill.
         generator: of the parts; None is a fixed seed.
@@ -122,6 +122,8 @@ class RelationGraph:
         self._labels = self.labels.to(self.device)[self.pairs.order]
         self._block, self._progress = block, progress
         self._resume = None if resume is None else Path(resume)
+        if self._resume is not None and self._resume.exists() and not self._resume.is_dir():
+            raise ValueError(f"resume={str(resume)!r} is a file; give a folder for the saved sums")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -231,15 +233,15 @@ class RelationGraph:
                 best = torch.where(same if sign > 0 else ~same, k, 0.0).topk(min(width, k.shape[1]), dim=1)
                 found, values = best.values > 0, best.values
                 out[kind][at, : values.shape[1]] = torch.where(found, source[best.indices], -1).cpu()
-                out[kind + 1][at, : values.shape[1]] = (sign * values).cpu()
-        if isinstance(rows, int):
+                out[kind + 1][at, : values.shape[1]] = (sign * values).float().cpu()
+        if torch.as_tensor(rows).ndim == 0:
             for kind in (0, 2):
                 count = int((out[kind][0] >= 0).sum())
                 out[kind], out[kind + 1] = out[kind][0, :count], out[kind + 1][0, :count]
         return Relations(*out)
 
     def row(self, i: int) -> Tensor:
-        """(n,) float32: relations r(i, j) of one row to all, eq. 5.1; 0 at i."""
+        """(n,) in the precision of the sums: relations r(i, j) of one row to all, eq. 5.1; 0 at i."""
         index = self._index(i)
         place = self._place[index.to(self.device)].cpu().numpy()
         return -torch.from_numpy(self._edges(place)[0])[self._place.cpu()]
@@ -272,13 +274,15 @@ class RelationGraph:
             missing = "probs" if probs is None else "features"
             raise ValueError(f"{missing}=None while the other is given; give both for new samples, or none")
         if features is None:
-            sums = similarity_sums(self.pairs, kernel, chosen, progress=self._progress)
+            # in a folder of its own: these sums are not those of the labels
+            resume = None if self._resume is None else self._resume / "outliers"
+            sums = similarity_sums(self.pairs, kernel, chosen, progress=self._progress, resume=resume)
             return outlier_scores(sums)[self._place.cpu()]
         new = new_rows(features, probs, self.pairs, self._whitening)
         return outlier_scores(similarity_sums(self.pairs, kernel, chosen, new, progress=self._progress))
 
     def _index(self, rows: int | Sequence[int] | Tensor) -> Tensor:
-        index = torch.as_tensor([rows] if isinstance(rows, int) else rows, dtype=torch.int64).cpu()
+        index = torch.as_tensor(rows, dtype=torch.int64).reshape(-1).cpu()
         bad = (index < 0) | (index >= len(self))
         if bad.any():
             raise IndexError(f"row {int(index[bad][0])} is not among the {len(self)} rows (0 to {len(self) - 1})")
@@ -322,19 +326,26 @@ class RelationGraph:
 
     def _own(self) -> np.ndarray:
         """(n,) float64 k(i, i), in the order of ``pairs``."""
-        own = self.pairs.features.to(working(self.pairs.features.dtype)).square().sum(1)
+        own = _squares(self.pairs.features)
         own = self.kernel.similarities_(own)
         if self.kernel.compatibility:
-            own = own * self.pairs.probs.to(own.dtype).square().sum(1)
+            own = own * _squares(self.pairs.probs)
         own = torch.where(own > self.kernel.cut, own, 0.0)
         return power_(own, self.kernel.temperature).double().cpu().numpy()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """(n,) squared length of each row."""
+    return torch.cat([x[rows].to(working(x.dtype)).square().sum(1) for rows in chunks(len(x))])
 
 
 def _parts(labels: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """(n,) part of each row: shuffled, then dealt out label by label."""
     n = len(labels)
-    if not 1 <= count <= n // 2:
-        raise ValueError(f"partitions={count} must lie between 1 and {n // 2}, so that a part has two rows at least")
+    if not 1 <= count <= n // 2 or count != int(count):
+        raise ValueError(
+            f"partitions={count} must be a whole number between 1 and {n // 2}, so that a part has two rows at least"
+        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     shuffled = torch.randperm(n, generator=generator)
     dealt = shuffled[labels[shuffled].argsort(stable=True)]

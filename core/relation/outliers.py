@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from .checks import as_features, as_probs, chunks, warn_of_zero_rows
 from .kernel import Kernel
 from .pairs import Pairs, Whitening, kernel_values, prepare, settled, unit
-from .sums import pair_sums, row_chunks
+from .sums import bar_of, pair_sums
 
 _SMALLEST = 1e-6  # sums below it would give scores without bound
 Subset = float | int | Tensor | Sequence[int] | None
@@ -51,6 +53,12 @@ class Outliers:
     generator: torch.Generator | None = None
     _pairs: Pairs | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        self._kernel()
+
+    def _kernel(self) -> Kernel:
+        return Kernel(self.kernel, self.compatibility, self.temperature, self.edge_cut)
+
     def fit(self, features: Any, probs: Any) -> Outliers:
         """Take the reference set: (n, d) features and (n, C) softmax outputs.
 
@@ -75,9 +83,8 @@ class Outliers:
         """
         if self._pairs is None:
             raise RuntimeError("score was called before fit; give the reference set to fit first")
-        kernel = Kernel(self.kernel, self.compatibility, self.temperature, self.edge_cut)
         new = new_rows(features, probs, self._pairs, None)
-        return outlier_scores(similarity_sums(self._pairs, kernel, None, new, progress=progress))
+        return outlier_scores(similarity_sums(self._pairs, self._kernel(), None, new, progress=progress))
 
 
 def outlier_scores(sums: Tensor) -> Tensor:
@@ -107,24 +114,28 @@ def similarity_sums(
     chosen: Tensor | None,
     new: tuple[Tensor, Tensor] | None = None,
     progress: bool | None = None,
+    resume: Path | None = None,
 ) -> Tensor:
     """(m,) float64 sums of k over S: of the prepared ``new`` rows, or of the rows of ``pairs`` in its order.
 
     Args:
         chosen: row numbers of S; None is all rows (within a row's part, where ``pairs`` has several).
+        resume: folder of :func:`pair_sums`, for the one long case: all rows against all.
     """
     if new is None and chosen is None:
-        return pair_sums(pairs, torch.zeros_like(pairs.order), kernel, progress=progress).all.cpu()
+        return pair_sums(pairs, torch.zeros_like(pairs.order), kernel, progress=progress, resume=resume).all.cpu()
     n, device = len(pairs.order), pairs.features.device
     members = torch.arange(n, device=device) if chosen is None else pairs.place[chosen.to(device)].sort().values
     features, probs = new or (pairs.features, pairs.probs)
     out = torch.zeros(len(features), dtype=torch.float64, device=device)
-    for rows in row_chunks(slice(0, len(features)), 1024):
-        for columns in members.split(1024):
-            k = kernel_values(features[rows], probs[rows], pairs.features[columns], pairs.probs[columns], kernel)
-            if new is None:
-                k.masked_fill_(torch.arange(rows.start, rows.stop, device=device)[:, None] == columns, 0)
-            out[rows] += k.sum(1)
+    with bar_of(len(features), progress) as bar:
+        for rows in chunks(len(features)):
+            for columns in members.split(1024):
+                k = kernel_values(features[rows], probs[rows], pairs.features[columns], pairs.probs[columns], kernel)
+                if new is None:
+                    k.masked_fill_(torch.arange(rows.start, rows.stop, device=device)[:, None] == columns, 0)
+                out[rows] += k.sum(1)
+            bar.update(rows.stop - rows.start)
     return out.cpu()
 
 
@@ -136,11 +147,12 @@ def check_subset(subset: Subset, n: int, generator: torch.Generator | None) -> T
     """
     if subset is None:
         return None
-    if isinstance(subset, float | int):
-        count = round(subset * n) if isinstance(subset, float) and subset <= 1 else int(subset)
-        if not (subset == subset and 1 <= count <= n):
+    if isinstance(subset, Real):
+        whole = isinstance(subset, Integral)
+        count = int(subset) if whole else round(float(subset) * n) if 0 < subset <= 1 else 0
+        if not 1 <= count <= n:
             raise ValueError(
-                f"subset={subset} of {n} rows must leave between 1 and {n}; give a share, a number or rows"
+                f"subset={subset} must leave between 1 and {n} rows; give a share of at most 1, a whole number, or rows"
             )
         if count == n:
             return None

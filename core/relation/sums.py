@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,8 @@ def pair_sums(
     total = sum(stop - start for lane in mine for start, stop, _ in blocks[lane::LANES])
 
     stopped = threading.Event()
-    with tqdm(total=total, desc="relations", unit="row", disable=True if progress is False else None) as bar:
+    shown = False if rank else progress  # one bar, of the first process
+    with bar_of(total, shown) as bar:
         lock = threading.Lock()
 
         def advance(count: int) -> None:
@@ -118,6 +120,12 @@ def pair_sums(
     return Sums(result[0, :n].clone(), result[1, :n].clone(), float(result[0, n]) / n**2)
 
 
+def bar_of(total: int, progress: bool | None) -> tqdm[Any]:
+    """A bar over rows; None shows it on a terminal only."""
+    disable = None if progress is None else not progress
+    return tqdm(total=total, desc="relations", unit="row", disable=disable)
+
+
 def _run(work: Callable[[int], None], lanes: range, threads: int, stopped: threading.Event) -> None:
     """Lanes on threads, each with one thread for its products."""
     if threads == 1:
@@ -141,6 +149,11 @@ def _worker(
     """A function that adds one column block, with the rows from its start on, to a lane."""
     if pairs.features.device.type == "cpu":
         return _compiled_worker(pairs, labels, kernel, rows, columns)
+    return _tensor_worker(pairs, labels, kernel, rows)
+
+
+def _tensor_worker(pairs: Pairs, labels: Tensor, kernel: Kernel, rows: int) -> Callable[[Tensor, int, int, int], None]:
+    """The same in plain tensor operations, for a GPU."""
 
     def work(lane: Tensor, start: int, stop: int, last: int) -> None:
         columns = slice(start, stop)

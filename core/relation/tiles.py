@@ -17,7 +17,7 @@ def tile_sums(temperature: float, compatible: bool) -> Callable[..., Any]:
     where their labels are equal. The power is a constant of the compiled code.
 
     cos, pp: (R, B) float32 or float64; cos is overwritten in part, pp is not read where ``compatible`` is False.
-    own: where it is >= 0, the tile's row r is the block's column own + r, and only columns right of that count; else -1.
+    own: where it is >= 0, row r is the block's column own + r, and only columns right of it count; else -1.
     cut and the sums, (R,) and (B,), are of the same type; sums start at what they hold.
     """
     t = int(temperature) if float(temperature).is_integer() else float(temperature)

@@ -1,16 +1,55 @@
-"""Hugging Face: compressed caches for ``generate``, and functions for ``datasets``; imported on first use."""
+"""Hugging Face: caches for ``generate``, callbacks, and functions for ``datasets``; imported on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..cleanable import CleanableDataset, weighted_loss
     from ..saliency_maps import as_tv_tensors
+    from ..snapshots import read_snapshots
     from .data import add_saliency
+    from .datalab import register_relation_issue
+    from .features import ModelOutputs, model_outputs
     from .kvzip import KVzipCache
+    from .label_cleaning import LabelCleaningCallback
+    from .relation import add_relation_scores, clean_dataset
+    from .scores import load_relation_scores, push_relation_scores, save_relation_scores
 
-__all__ = ["KVzipCache", "add_saliency", "as_tv_tensors"]
+__all__ = [
+    "CleanableDataset",
+    "KVzipCache",
+    "LabelCleaningCallback",
+    "ModelOutputs",
+    "add_relation_scores",
+    "add_saliency",
+    "as_tv_tensors",
+    "clean_dataset",
+    "load_relation_scores",
+    "model_outputs",
+    "push_relation_scores",
+    "read_snapshots",
+    "register_relation_issue",
+    "save_relation_scores",
+    "weighted_loss",
+]
 
-_MODULES = {"KVzipCache": ".kvzip", "add_saliency": ".data", "as_tv_tensors": "..saliency_maps"}
+_MODULES = {
+    "CleanableDataset": "..cleanable",
+    "KVzipCache": ".kvzip",
+    "LabelCleaningCallback": ".label_cleaning",
+    "ModelOutputs": ".features",
+    "add_relation_scores": ".relation",
+    "add_saliency": ".data",
+    "as_tv_tensors": "..saliency_maps",
+    "clean_dataset": ".relation",
+    "load_relation_scores": ".scores",
+    "model_outputs": ".features",
+    "push_relation_scores": ".scores",
+    "read_snapshots": "..snapshots",
+    "register_relation_issue": ".datalab",
+    "save_relation_scores": ".scores",
+    "weighted_loss": "..cleanable",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,12 +58,8 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_MODULES[name], __name__), name)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.partition(".")[0] not in (
-            "datasets",
-            "PIL",
-            "huggingface_hub",
-            "transformers",
-            "xxhash",
-        ):
+        missing = (e.name or "").partition(".")[0]
+        if missing not in ("datasets", "PIL", "huggingface_hub", "transformers", "xxhash", "cleanlab"):
             raise
-        raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[hf]'", name=e.name) from e
+        extra = "clean" if missing == "cleanlab" else "hf"
+        raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[{extra}]'", name=e.name) from e

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from . import __version__, kvzip_cli
+from . import __version__, clean_cli, kvzip_cli, review_cli
 from .refusals import extra
 
 app = typer.Typer(
@@ -23,11 +23,14 @@ app = typer.Typer(
 
 
 app.add_typer(kvzip_cli.app, name="kvzip")
+app.command()(clean_cli.clean)
+app.command()(review_cli.review)
 
 
 class Part(StrEnum):
     all = "all"
     digits = "digits"
+    clean = "clean"
     kvzip = "kvzip"
 
 
@@ -70,19 +73,18 @@ def demo(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Digits: runs per method.")] = 3,
 ) -> None:
-    """Train on handwritten digits with Puzzle Mix, then ask a compressed text questions; print and draw results."""
+    """Train on handwritten digits with Puzzle Mix, find wrong labels among them, ask a compressed text questions."""
     with extra("demo"):
-        # Both are looked at before one runs, so that what is missing shows at once.
-        if part != Part.digits:
+        wanted = [p for p in Part if p != Part.all and part in (Part.all, p)]
+        # All are looked at before one runs, so that what is missing shows at once.
+        if Part.kvzip in wanted:
             importlib.import_module("dataopt.smollm2").find_smollm2()
-        digits = importlib.import_module("dataopt.demo") if part != Part.kvzip else None
-        kvzip = importlib.import_module("dataopt.demo_kvzip") if part != Part.digits else None
-        if digits:
-            digits.main(out=out, epochs=epochs, seeds=seeds)
-        if digits and kvzip:
-            typer.echo()
-        if kvzip:
-            kvzip.main(out=out)
+        modules = {Part.digits: "demo", Part.clean: "demo_clean", Part.kvzip: "demo_kvzip"}
+        ready = {p: importlib.import_module(f"dataopt.{modules[p]}") for p in wanted}
+        for p in wanted:
+            if p != wanted[0]:
+                typer.echo()
+            ready[p].main(out=out, **({"epochs": epochs, "seeds": seeds} if p == Part.digits else {}))
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""``dataopt review``: a page on this machine to decide about suspects, one by one, and the export of the decisions."""
