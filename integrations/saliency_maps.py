@@ -67,12 +67,17 @@ def provenance(model: nn.Module, view: View, grid: int) -> dict[str, str]:
             f"transform={view!r} prints its address, so a cache cannot recognise it again; give it a __repr__ that "
             "names its settings, as torchvision's transforms and dataclasses have"
         )
+    return {"model weights": weights_digest(model), "transform": repr(view), "grid": str(grid)}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of all parameters and buffers, and of the model's class."""
     h = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=16)
     for name, value in model.state_dict().items():
         t = torch.as_tensor(value).detach().cpu().contiguous()
         h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return {"model weights": h.hexdigest(), "transform": repr(view), "grid": str(grid)}
+    return h.hexdigest()
 
 
 def make_maps(model: nn.Module, images: Sequence[Tensor], labels: Sequence[int], grid: int) -> Tensor:

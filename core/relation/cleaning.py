@@ -14,6 +14,7 @@ from .baselines import loss as label_loss
 from .checks import as_features, as_labels, as_probs
 from .duplicates import near_duplicates
 from .graph import RelationGraph, Relations
+from .label_noise import MOST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +83,8 @@ def find_issues(
 
     Relation (whitened features, t = 2) finds labels that confident neighbours contradict, loss those that the model
     itself doubts; the mean of their ranks was measured to be close to the better of both. As many labels are called
-    issues as the noisy set of the thesis' own graph holds (raw features, t = 4), which stays small for weak models too.
+    issues as the noisy set of the thesis' own graph holds (raw features, t = 4), at most a
+    quarter of the rows.
 
     Args:
         features: (n, d). probs: (n, C). labels: (n,) class ids.
@@ -105,7 +107,8 @@ def find_issues(
     losses = label_loss(probs, labels).double().cpu()
     ranks = torch.from_numpy(rankdata(found.noisiness.numpy()) + rankdata(losses.numpy()))
     label_score = 1 - (ranks - 2) / (2 * (len(ranks) - 1))
-    worst = label_score.argsort(stable=True)[: int(raw.label_noise().noisy.sum())]
+    count = min(int(raw.label_noise().noisy.sum()), int(MOST * len(labels)))
+    worst = label_score.argsort(stable=True)[:count]
     is_label_issue = torch.zeros_like(found.noisy)
     is_label_issue[worst] = True
     predicted = labels.clone()

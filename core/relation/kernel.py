@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 SIMILARITIES = ("cosine", "rbf")
@@ -45,7 +45,7 @@ class Kernel:
         x = self.similarities_(dots)
         if compatible is not None:
             x.mul_(compatible)
-        return power_(F.threshold_(x, self.cut, 0.0), self.temperature)
+        return power_(torch.threshold_(x, self.cut, 0.0), self.temperature)
 
 
 def power_(x: Tensor, t: float) -> Tensor:

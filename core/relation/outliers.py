@@ -148,8 +148,9 @@ def check_subset(subset: Subset, n: int, generator: torch.Generator | None) -> T
     if subset is None:
         return None
     if isinstance(subset, Real):
-        whole = isinstance(subset, Integral)
-        count = int(subset) if whole else round(float(subset) * n) if 0 < subset <= 1 else 0
+        number = float(subset)
+        share = not isinstance(subset, Integral)
+        count = round(number * n if share else number) if number <= (1 if share else n) else 0
         if not 1 <= count <= n:
             raise ValueError(
                 f"subset={subset} must leave between 1 and {n} rows; give a share of at most 1, a whole number, or rows"

@@ -43,7 +43,7 @@ def relation_map(checkpoints: Iterable[RelationGraph], i: int) -> RelationMap:
     References:
         Thesis section 5.3.6.
     """
-    rows = []
+    rows: list[Tensor] = []
     for graph in checkpoints:
         row = graph.row(i)
         if rows and len(row) != len(rows[0]):

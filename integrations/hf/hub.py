@@ -9,11 +9,13 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataopt.core.artifacts import write_whole
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -26,6 +28,7 @@ def find(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    repo_type: str = "model",
 ) -> Path:
     """The folder that ``source`` names; of a Hub repository, a snapshot with the files that match ``patterns``.
 
@@ -43,6 +46,7 @@ def find(
     return Path(
         snapshot_download(
             source,
+            repo_type=repo_type,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -133,14 +137,16 @@ def push(
     private: bool | None = None,
     token: str | bool | None = None,
     delete_patterns: Sequence[str] = (),
+    repo_type: str = "model",
     **kwargs: Any,
 ) -> str:
-    """Write files into a temporary folder and upload them to a model repository, in one commit.
+    """Write files into a temporary folder and upload them to a repository, in one commit.
 
     Args:
         write: called with the folder.
         private: of a repository that this makes; True also refuses one that is public already.
         delete_patterns: older files that this commit replaces.
+        repo_type: ``"model"`` or ``"dataset"``.
         kwargs: for ``HfApi.upload_folder``.
 
     Returns:
@@ -150,12 +156,16 @@ def push(
         ValueError: ``private=True`` and a public repository.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
+    repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(f"{repo_id} is public and private=True; choose another repository, or say private=False")
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, delete_patterns=list(delete_patterns) or None, **kwargs
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            delete_patterns=list(delete_patterns) or None,
+            **kwargs,
         )
     return commit.pr_url or commit.commit_url

@@ -258,7 +258,9 @@ def load_model(name: str, data: datasets.Dataset, input_column: str | None, prob
     heads = {"text": "SequenceClassification", "image": "ImageClassification", "audio": "AudioClassification"}
     kind = "AutoModel" if probs == "out-of-fold" else f"AutoModelFor{heads[modality]}"
     processor = getattr(transformers, processors[modality]).from_pretrained(name)
-    return getattr(transformers, kind).from_pretrained(name).eval(), processor
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # parts that a checkpoint lacks, as a pooler that nobody reads, are alike in every run
+        return getattr(transformers, kind).from_pretrained(name).eval(), processor
 
 
 def _unused(value: Any) -> Any:

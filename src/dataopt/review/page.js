@@ -183,7 +183,7 @@ function content(of, alt, small) {
     picture.src = `/media/${of.row}`;
     return picture;
   }
-  const player = element("audio", { controls: true, preload: "none" });
+  const player = element("audio", { controls: true, preload: "auto" });
   player.setAttribute("aria-label", alt);
   // The whole file, so that any place in it can be played.
   const load = async () => {
@@ -545,6 +545,7 @@ $("search").onkeydown = (event) => {
   const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8 }[event.key];
   if (by) choose(chosen + by);
   else if (event.key === "Enter" && options.length) pick(options[chosen]);
+  else if (event.key === "Escape") $("labels").close(); // or the first one would only empty the search
   else return;
   event.preventDefault();
 };

@@ -258,8 +258,13 @@ def describe(folder: Folder, row: int) -> dict[str, Any]:
             for other, value, similarity in near[["neighbour", "value", "similarity"]].itertuples(index=False)
         ],
         "map": [
-            [int(other), folder.given(other), _number(mean), _number(std), _number(last)]
-            for other, mean, std, last in spread[["neighbour", "mean", "std", "last"]].itertuples(index=False)
+            [other, label, *map(_number, values)]
+            for other, label, *values in zip(
+                spread["neighbour"].tolist(),
+                folder.scores["given_label"].loc[spread["neighbour"]].tolist(),
+                *(spread[name].tolist() for name in ("mean", "std", "last")),
+                strict=True,
+            )
         ],
     }
 
