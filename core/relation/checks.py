@@ -102,11 +102,11 @@ def as_labels(y: Any, rows: int, classes: int, name: str = "labels") -> Tensor:
 
 
 def warn_of_zero_rows(features: Tensor) -> None:
-    """A row of zeros has no direction: it is alike to nothing, which deserves a word."""
+    """A row of zeros has no direction, which deserves a word."""
     zero = torch.cat([(features[part] == 0).all(1) for part in chunks(len(features))])
     if zero.any():
         warnings.warn(
-            f"{int(zero.sum())} of {len(features)} rows of features are zero, first row {int(zero.nonzero()[0])}; they "
-            "are alike to no other row",
+            f"{int(zero.sum())} of {len(features)} rows of features are zero, first row {int(zero.nonzero()[0])}; look "
+            "at what the model makes of them",
             stacklevel=3,
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from .baselines import loss as label_loss
@@ -30,7 +29,8 @@ class Issues:
         label_score: (n,) float64: one minus the mean rank of relation and loss, as a share; orders the samples, best
             last.
         is_label_issue: (n,) bool.
-        given_label, predicted_label: (n,) int64.
+        given_label, predicted_label: (n,) int64; for a label issue the class of the most alike other samples, or the
+            model's where that is the given one; else the given label.
         relation_noisiness: (n,) float64, of the whitened relation graph; high is bad.
         loss: (n,) float64, -log p of the given label, in nats; high is bad.
         outlier_score: (n,) float64; s / (s + median of s), s the similarity to all other samples.
@@ -83,8 +83,8 @@ def find_issues(
 
     Relation (whitened features, t = 2) finds labels that confident neighbours contradict, loss those that the model
     itself doubts; the mean of their ranks was measured to be close to the better of both. As many labels are called
-    issues as the noisy set of the thesis' own graph holds (raw features, t = 4), at most a
-    quarter of the rows.
+    issues as the noisy set of the thesis' own graph holds (raw features, t = 4), a quarter of
+    the rows at most.
 
     Args:
         features: (n, d). probs: (n, C). labels: (n,) class ids.
@@ -105,6 +105,8 @@ def find_issues(
     raw = RelationGraph(features, probs, labels, resume=folder and folder / "raw", **shared)
     found = whitened.label_noise()
     losses = label_loss(probs, labels).double().cpu()
+    from scipy.stats import rankdata  # slow to import
+
     ranks = torch.from_numpy(rankdata(found.noisiness.numpy()) + rankdata(losses.numpy()))
     label_score = 1 - (ranks - 2) / (2 * (len(ranks) - 1))
     count = min(int(raw.label_noise().noisy.sum()), int(MOST * len(labels)))
@@ -112,12 +114,14 @@ def find_issues(
     is_label_issue = torch.zeros_like(found.noisy)
     is_label_issue[worst] = True
     predicted = labels.clone()
-    predicted[worst] = whitened.suggest(worst, without=worst)
+    likely = probs.argmax(1).cpu()[worst]
+    suggested = whitened.suggest(worst, without=worst)
+    predicted[worst] = torch.where(suggested == labels[worst], likely, suggested)
 
     similarity = 1 / raw.outlier_scores()
     middle = similarity.median()
     is_outlier_issue = similarity < _FAR * middle
-    twins = near_duplicates(features)
+    twins = near_duplicates(features, device=device)
 
     outliers = (is_outlier_issue & ~is_label_issue).nonzero().squeeze(1)
     suspects = torch.cat([worst, outliers[similarity[outliers].argsort(stable=True)]])

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from .checks import as_features
+from .checks import as_features, chunks
 from .pairs import unit
 
 
@@ -30,23 +29,43 @@ class NearDuplicates:
     is_issue: Tensor
 
 
-def near_duplicates(features: Any, threshold: float = 0.13) -> NearDuplicates:
+def near_duplicates(features: Any, threshold: float = 0.13, device: torch.device | str | None = None) -> NearDuplicates:
     """Rows nearer to another row than ``threshold`` times the median of such distances; cleanlab's rule.
+
+    All pairs are compared, a few thousand rows at a time; nothing is copied whole.
 
     Args:
         features: (n, d) finite, n of at least two.
         threshold: share of the median.
+        device: where to compute; None is where ``features`` are.
 
     Raises:
-        ValueError: one row, or features that are none.
+        ValueError: one row, a negative threshold, or features that are none.
     """
     x = as_features(features)
-    if len(x) < 2:
+    n = len(x)
+    if n < 2:
         raise ValueError("features has one row; near-duplicates need two")
-    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(unit(x, None).cpu().numpy())
-    # asked without data, each row's own place is left out
-    distances, indices = (torch.from_numpy(a[:, 0]) for a in search.kneighbors())
-    distances = distances.double().square() / 2  # of unit rows: 1 - cosine
-    middle = distances.median()
-    score = torch.where(distances + middle > 0, distances / (distances + middle), 0.0)
-    return NearDuplicates(indices, distances, score, distances <= threshold * middle)
+    if not threshold >= 0:
+        raise ValueError(f"threshold={threshold} must be at least 0")
+    place = x.device if device is None else torch.device(device)
+    best, nearest = torch.full((n,), -2.0), torch.zeros(n, dtype=torch.int64)
+    for rows in chunks(n):
+        a = unit(x[rows]).to(place)
+        for columns in chunks(n):
+            dots = a @ unit(x[columns]).to(place).T
+            if rows == columns:
+                dots.fill_diagonal_(-2.0)
+            found = dots.max(1)
+            values, index = found.values.cpu(), found.indices.cpu() + columns.start
+            better = values > best[rows]
+            best[rows] = torch.where(better, values, best[rows])
+            nearest[rows] = torch.where(better, index, nearest[rows])
+    # 1 - cosine of unit rows, from their difference: exact where it is small
+    distance = torch.cat(
+        [(unit(x[rows].double(), dtype=torch.float64) - unit(x[nearest[rows]].double(), dtype=torch.float64))
+         .square().sum(1).cpu() / 2 for rows in chunks(n)]
+    )  # fmt: skip
+    middle = distance.median()
+    score = torch.where(distance + middle > 0, distance / (distance + middle), 0.0)
+    return NearDuplicates(nearest, distance, score, distance <= threshold * middle)

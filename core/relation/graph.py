@@ -102,7 +102,7 @@ class RelationGraph:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.kernel = Kernel(kernel, compatibility, temperature, edge_cut)
+        self.kernel = Kernel(kernel, compatibility, float(temperature), edge_cut)
         on_disk = isinstance(features, np.memmap)
         features = as_features(features)
         n = len(features)
