@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-# (script, whether it takes --data); cifar10 leaves the plainly trained network for the two below it
+# (script, whether it takes --data); cifar10 leaves the plainly trained network for the two below it, relation_data its
+# samples for the four below it
 SCRIPTS = (
     ("solver_time", False),
     ("transport_time", False),
@@ -20,6 +21,11 @@ SCRIPTS = (
     ("kvzip_quality", False),
     ("kvzip_variants", False),
     ("kvzip_speed", False),
+    ("relation_data", True),
+    ("relation_labels", True),
+    ("relation_outliers", True),
+    ("relation_after_cleaning", True),
+    ("relation_speed", True),
 )
 
 

@@ -56,6 +56,7 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         ValueError: none are there, or of another shape.
     """
+    logits: Any = None
     if isinstance(output, Tensor):
         logits = output
     elif getattr(output, "logits", None) is not None:
@@ -64,8 +65,6 @@ def logits_of(output: Any) -> Tensor:
         logits = output.get("logits")
     elif isinstance(output, tuple | list):
         logits = next((x for x in output if isinstance(x, Tensor) and x.ndim == 2), None)
-    else:
-        logits = None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         raise ValueError(

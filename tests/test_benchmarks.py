@@ -18,6 +18,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
     *("common", "synthetic", "cifar", "solver_time", "transport_time", "cifar10", "figure_3_2", "step_time"),
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_cuda"),
+    *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
+    "relation_speed",
 )
 
 
@@ -202,3 +204,72 @@ def test_kvzip_cuda_says_that_it_needs_a_gpu(scripts, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kvzip_cuda.py"])
     scripts["kvzip_cuda"].main()
     assert "finds no GPU" in capsys.readouterr().out
+
+
+def test_relation_data_are_kept(run, results, capsys):
+    cells, _ = run("relation_data")
+    assert cells["digits top2 8 %, seed 0"]["wrong"] == pytest.approx(0.08, abs=1e-3)
+    file = results / "scratch" / "relation" / "digits-top2-8-seed-0.safetensors"
+    before = file.stat().st_mtime_ns
+    capsys.readouterr()
+    run("relation_data")
+    assert ": ran" not in capsys.readouterr().out
+    run("relation_labels")
+    assert file.stat().st_mtime_ns == before
+
+
+def test_relation_labels(run, results):
+    cells, text = run("relation_labels")
+    cell = cells["scores: digits top2 8 %, seed 0"]
+    ap = {name: values[0] for name, values in cell["scores"].items()}
+    assert min(ap["relation t=4 (thesis)"], ap["relation, whitened, t=2"]) > 0.9 > 0.5 > ap["entropy"]
+    assert ap["relation t=4, released code"] == pytest.approx(ap["relation t=4 (thesis)"], abs=0.01)
+    precision, recall, share = cell["flags"]["relation t=4 (thesis)"]
+    assert precision > 0.9 and recall == pytest.approx(precision * share / 0.08, rel=0.02)
+    assert len(cells["epochs: digits top2 8 %, seed 0"]["epochs"]["loss"]) == 30 and "Table 5.7" in text
+    for number in ("5_5a", "5_5b", "5_6", "5_9"):
+        assert Image.open(results / f"relation_labels_figure_{number}.png").format == "PNG"
+
+
+def test_relation_outliers(run):
+    cells, text = run("relation_outliers")
+    scores = cells["digits pixels 5 %, seed 0"]["scores"]
+    assert scores["relation t=1 (thesis)"][1] > 0.95 > scores["local outlier factor, 20"][1]
+    assert cells["digits pixels 5 %, seed 0"]["subsets"]["1"] == scores["relation t=1 (thesis)"]
+    assert "Mahalanobis" in text
+
+
+def test_relation_after_cleaning(run):
+    cells, _ = run("relation_after_cleaning")
+    cell = {key.split(": ")[1]: value for key, value in cells.items()}
+    assert cell["clean"]["wrong"] == 0 < cell["find_issues, drop"]["wrong"] < cell["noisy"]["wrong"] / 2
+    assert cell["find_issues, relabel"]["kept"] == 1 > cell["find_issues, drop"]["kept"] > 0.85
+    assert all(value["accuracy"] > 90 for value in cell.values())
+
+
+def test_relation_speed(run):
+    cells, text = run("relation_speed")
+    assert cells["n=2000, C=10, very confident"]["computed"] < cells["n=2000, C=10"]["computed"] < 1
+    assert cells["n=1000, C=10, textbook"]["error"] < 1e-4 and cells["n=2000, C=10, memory"]["over"] > 0
+    assert set(cells["partitions: digits top2 8 %, seed 0"]) > {"1", "2"} and "at most 0.65" in text
+
+
+def test_missing_relation_data_stop_with_one_line(scripts, tmp_path):
+    data = scripts["relation_data"]
+    with pytest.raises(SystemExit, match="no data for cifar10, fashion; give the folder"):
+        data.check(tmp_path / "cifar10", data.tasks((("cifar10", "fashion", 0.05),)))
+
+
+def test_labels_are_flipped_among_the_rows_that_may(scripts):
+    truth, second = torch.zeros(100, dtype=torch.int64), torch.ones(100, dtype=torch.int64)
+    may = torch.arange(100) < 40
+    labels = scripts["relation_data"].flip(truth, second, may, 0.2, seed=0)
+    assert int(labels.sum()) == 20 and not labels[~may].any()
+
+
+def test_the_textbook_form_must_agree(scripts, monkeypatch):
+    speed = scripts["relation_speed"]
+    textbook = speed.textbook
+    monkeypatch.setattr(speed, "textbook", lambda given: textbook(given, temperature=3))
+    with pytest.raises(RuntimeError, match="differ by"):
+        speed.against_textbook(400)

@@ -210,8 +210,8 @@ def find_source(name: str, split: str | None, config: str | None, revision: str 
 
 
 def _one_split(name: str, names: Sequence[str], split: str | None) -> str:
-    if split is None and (len(names) == 1 or "train" in names):
-        return "train" if "train" in names else names[0]
+    if split is None:
+        split = names[0] if len(names) == 1 else "train"
     if split not in names:
         raise ValueError(f"{name} has the splits {', '.join(names)}; give one of them with --split")
     return split

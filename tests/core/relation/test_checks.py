@@ -78,7 +78,7 @@ def test_nothing_is_written_for_bad_data(tmp_path):
     [
         ({"kernel": "linear"}, "kernel='linear' is unknown; choose one of cosine, rbf"),
         ({"temperature": 0}, "temperature=0 must be a positive number"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": -1.0}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"edge_cut": -0.1}, r"edge_cut=-0.1 must lie in \[0, 1\)"),
