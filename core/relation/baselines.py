@@ -67,7 +67,7 @@ def cwe(probs: Any, labels: Any) -> Tensor:
 
 
 def tracin(features: Any, probs: Any, labels: Any) -> Tensor:
-    """|f|^2 |onehot(y) - p|^2: the influence of a row on its own loss through a linear last layer without bias.
+    """Squared length of f times that of onehot(y) - p: the influence of a row on its own loss, by the last layer.
 
     features: (n, d) what enters the last layer, not normalised. probs: (n, C); labels: (n,) class ids.
     Pruthi et al., Estimating training data influence by tracing gradient descent, NeurIPS 2020.
@@ -144,7 +144,7 @@ def react(features: Any, weight: Any, bias: Any, reference_features: Any, percen
 
 
 def kl_matching(probs: Any, reference_probs: Any) -> Tensor:
-    """min_k KL(p || d_k), with d_k the mean prediction of the reference rows that are predicted as class k.
+    """Least Kullback-Leibler divergence of p from d_k over k, with d_k the mean prediction of the reference rows that are predicted as class k.
 
     A class that no reference row is predicted as is left out. Entries of d_k below 1.2e-38 count as 1.2e-38.
 

@@ -1,4 +1,4 @@
-"""Pictures of what a mix did and of what a cache kept. The only module that imports matplotlib."""
+"""Pictures of what a mix did, what a cache kept, how samples relate. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _GAP, _TITLE = 0.13, 0.4
 _GAPS = (0.09, 0.28, 0.09, 0.28, 0.28, _GAP)
 _CURVES = ("#8a8a8a", FIRST, "#d1342f")
 _SHARE = LinearSegmentedColormap.from_list("share", ["#eef3fa", "#8fb8e8", FIRST, "#0c2f66"])
+_CONFLICT = LinearSegmentedColormap.from_list("conflict", ["#b3261e", "#e8a29c", "#d9d9d9", "#8fb8e8", FIRST])
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffd21f", "#ff5a1f", "#c00020"])
 
 
@@ -197,6 +198,29 @@ def show_joint(panels: Sequence[tuple[tuple[str, np.ndarray], tuple[str, np.ndar
         ax.set(xlabel=x_name, ylabel=y_name, aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     bar = figure.colorbar(shown, ax=list(axes), label="share of pairs", pad=0.02, format=StrMethodFormatter("{x:g}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def show_relation_map(
+    mean: np.ndarray, std: np.ndarray, last: np.ndarray, title: str = "", most: float | None = None
+) -> Figure:
+    """One sample's relations to all others over the checkpoints of a training (thesis section 5.3.6, figure 5.1).
+
+    Args:
+        mean, std: (m,) over the checkpoints.
+        last: (m,) at the last checkpoint; its colour.
+        most: of the axes and colours; None is the largest magnitude there is.
+    """
+    figure = Figure(figsize=(4.6, 3.4), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    most = float(max(np.abs(mean).max(initial=0), np.abs(last).max(initial=0), 1e-12)) if most is None else most
+    order = np.argsort(np.abs(last), kind="stable")  # the strong ones on top
+    dots = ax.scatter(mean[order], std[order], c=last[order], cmap=_CONFLICT, vmin=-most, vmax=most, s=14, linewidths=0)
+    ax.axvline(0, color="#8a8a8a", linewidth=0.8)
+    ax.set(xlim=(-1.05 * most, 1.05 * most), xlabel="mean relation", ylabel="standard deviation", title=title)
+    ax.set_ylim(bottom=min(0.0, -0.03 * float(np.max(std, initial=1e-12))))
+    _plain(ax)
+    figure.colorbar(dots, ax=ax, label="at the last checkpoint")
     return figure
 
 
