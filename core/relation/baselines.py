@@ -144,7 +144,8 @@ def react(features: Any, weight: Any, bias: Any, reference_features: Any, percen
 
 
 def kl_matching(probs: Any, reference_probs: Any) -> Tensor:
-    """Least Kullback-Leibler divergence of p from d_k over k, with d_k the mean prediction of the reference rows that are predicted as class k.
+    """Least Kullback-Leibler divergence of p from the d_k, d_k being the mean prediction of the reference rows that are
+    predicted as class k.
 
     A class that no reference row is predicted as is left out. Entries of d_k below 1.2e-38 count as 1.2e-38.
 

@@ -32,7 +32,7 @@ class Kernel:
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"kernel={self.similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
         if not (0 < self.temperature < math.inf):
-            raise ValueError(f"temperature={self.temperature:g} must be a positive number; the thesis takes 4 to 6, or 1")
+            raise ValueError(f"temperature={self.temperature:g} must be a positive number, such as 4")
         if not 0 <= self.cut < 1:
             raise ValueError(f"edge_cut={self.cut} must lie in [0, 1); 0 keeps every edge")
 
