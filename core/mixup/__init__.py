@@ -1,9 +1,21 @@
-"""Puzzle Mix: saliency-guided mixup with exact masks and optimal transport (thesis chapter 3)."""
+"""Puzzle Mix and Co-Mixup: saliency-guided mixup of pairs and of whole batches (thesis chapters 3 and 4)."""
 
 from .adversarial import Adversarial, Noise
+from .comixup import CoMixed, CoMixup
 from .cutmix import CutMix
 from .mixed import Mixed
 from .puzzle import PuzzleMix
 from .saliency import clean_loss, input_gradient, saliency
 
-__all__ = ["Adversarial", "CutMix", "Mixed", "Noise", "PuzzleMix", "clean_loss", "input_gradient", "saliency"]
+__all__ = [
+    "Adversarial",
+    "CoMixed",
+    "CoMixup",
+    "CutMix",
+    "Mixed",
+    "Noise",
+    "PuzzleMix",
+    "clean_loss",
+    "input_gradient",
+    "saliency",
+]

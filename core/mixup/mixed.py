@@ -39,7 +39,7 @@ class Moves:
             return t
         rows, cols = self.grid
         out = t.clone()
-        source, target = _regions(t, rows, cols), _regions(out, rows, cols)
+        source, target = regions(t, rows, cols), regions(out, rows, cols)
         target[self.sample, self.place // cols, self.place % cols] = source[
             self.sample, self.source // cols, self.source % cols
         ]
@@ -185,7 +185,7 @@ def check_constructor(num_classes: int, alpha: float) -> None:
         raise ValueError(f"alpha={alpha} must not be negative; 1.0 draws the share uniformly")
 
 
-def _regions(t: Tensor, rows: int, cols: int) -> Tensor:
+def regions(t: Tensor, rows: int, cols: int) -> Tensor:
     """(B, ..., H, W) as a view (B, rows, cols, ..., H / rows, W / cols)."""
     t = t.unflatten(-1, (cols, -1)).unflatten(-3, (rows, -1))  # ..., rows, bh, cols, bw
     return t.movedim((-4, -2), (1, 2))

@@ -14,7 +14,7 @@ from .adversarial import Adversarial, Noise, unnormalise
 from .grid import Grid, as_image, mask_costs, pool, region_distances, resolve_grid
 from .labelling import check_solver, solve_mask
 from .mixed import Mixed, Moves, blend, check_constructor, draw_rng, one_hot, resolve_lam, resolve_partner
-from .saliency import check_batch
+from .saliency import check_batch, check_saliency
 from .transport import TRANSPORTS, plan_transport
 
 DATA_TERMS = ("released", "thesis")
@@ -160,7 +160,7 @@ class PuzzleMix:
         """
         check_batch(x)
         labels = one_hot(y, self.num_classes, len(x)).to(x.device)
-        s = self._check_saliency(s, x)
+        s = check_saliency(s, x)
         if noise is not None and (gradient is None or gradient.shape != x.shape or self.adversarial is None):
             raise ValueError("noise needs gradient= like x and PuzzleMix(adversarial=...), which made the noise")
 
@@ -199,15 +199,6 @@ class PuzzleMix:
         elif x.is_contiguous(memory_format=torch.channels_last):
             out = out.contiguous(memory_format=torch.channels_last)
         return Mixed(out, targets, mask, partner, cells, moves)
-
-    def _check_saliency(self, s: Tensor, x: Tensor) -> Tensor:
-        expected = (len(x), *x.shape[2:])
-        if s.shape != expected:
-            raise ValueError(f"s has shape {tuple(s.shape)}; give the saliency as {expected}")
-        s = s.detach().to(x.device, torch.float32)
-        if not bool((torch.isfinite(s) & (s >= 0)).all()):
-            raise ValueError("s holds negative or non-finite values; saliency(gradient) guards against them")
-        return s.unsqueeze(1) if s.ndim == 2 else s
 
     def _distances(self, image: Tensor, partner: Tensor, cells: Grid) -> tuple[Tensor, Tensor] | None:
         if self.gamma == 0 or self.beta == 0:

@@ -129,6 +129,21 @@ def check_batch(x: Tensor) -> None:
         raise ValueError(f"x holds non-finite values in samples {bad[:8]}; clean the input or its normalisation")
 
 
+def check_saliency(s: Tensor, x: Tensor) -> Tensor:
+    """(B, H, W) float32 saliency of a batch on its device; 1-d inputs become images of one row.
+
+    Raises:
+        ValueError: another shape than the inputs', or negative or non-finite values.
+    """
+    expected = (len(x), *x.shape[2:])
+    if s.shape != expected:
+        raise ValueError(f"s has shape {tuple(s.shape)}; give the saliency as {expected}")
+    s = s.detach().to(x.device, torch.float32)
+    if not bool((torch.isfinite(s) & (s >= 0)).all()):
+        raise ValueError("s holds negative or non-finite values; saliency(gradient) guards against them")
+    return s.unsqueeze(1) if s.ndim == 2 else s
+
+
 def _downsize(x: Tensor, size: list[int]) -> Tensor:
     if len(size) == 1:
         return F.interpolate(x.unsqueeze(2), size=[1, *size], mode="bilinear", antialias=True).squeeze(2)
