@@ -21,6 +21,7 @@ SCRIPTS = (
     ("kvzip_quality", False),
     ("kvzip_variants", False),
     ("kvzip_speed", False),
+    ("kvzip_kvpress", False),
     ("relation_data", True),
     ("relation_labels", True),
     ("relation_outliers", True),

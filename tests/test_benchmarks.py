@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from threadpoolctl import threadpool_limits
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
     *("common", "synthetic", "cifar", "solver_time", "transport_time", "cifar10", "figure_3_2", "step_time"),
-    *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_cuda"),
+    *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
     "relation_speed",
 )
@@ -197,6 +198,24 @@ def test_kvzip_speed(run):
     cell = cells["n=256"]
     assert cell["bytes"]["8"]["DynamicCache"] == 8 * cell["bytes"]["1"]["1.0"] > cell["bytes"]["1"]["0.3"]
     assert min(cell["decode"]["8"].values()) > 0 and "at most 1.8" in text
+    assert cell["bytes"]["1"]["no context"] == 0 and "no context" in cell["decode"]["1"]
+    assert cell["files"]["fsynced save"] > 0 and "the fsync alone takes" in text
+
+
+def test_kvzip_kvpress_says_how_to_make_its_environment(scripts, monkeypatch, capsys, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(sys, "argv", ["kvzip_kvpress.py", "--quick", "--out", str(tmp_path)])
+        scripts["kvzip_kvpress"].main()
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("Not measured: ") and "pip install kvpress, then --kvpress-python" in last
+        assert not list(tmp_path.iterdir())
+        for python, why in ((shutil.which("false"), "has no kvpress"), (str(tmp_path / "python"), "does not run")):
+            monkeypatch.setattr(sys, "argv", ["x", "--quick", "--out", str(tmp_path), "--kvpress-python", python])
+            with pytest.raises(SystemExit, match=f"{why}.*pip install kvpress"):
+                scripts["kvzip_kvpress"].main()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_kvzip_cuda_says_that_it_needs_a_gpu(scripts, monkeypatch, capsys):

@@ -101,7 +101,8 @@ def test_released_images(case):
 
 def test_transport_patch_moves_finer_regions():
     x, s = coded(4, 32, 32), smooth_saliency(4, 32, 32, 2) ** 2
-    m = PuzzleMix(4, transport_patch=4, transport_cost=0.01)(x, torch.arange(4), s, grid=2)
+    partner = torch.tensor([1, 2, 3, 0])  # a drawn one may leave nothing to move
+    m = PuzzleMix(4, transport_patch=4, transport_cost=0.01)(x, torch.arange(4), s, partner=partner, lam=0.5, grid=2)
     assert m.grid == (2, 2) and m.moves[0].grid == (8, 8)
     assert len(m.moves[0].sample) > 0
     torch.testing.assert_close(m.inputs, rebuilt(m, x, 8, 8))
