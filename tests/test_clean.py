@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 from dataopt import clean_report, demo_clean
-from dataopt.clean import find_labels, find_source
 from dataopt.cli import app
 from dataopt.core.relation import find_issues
 from dataopt.integrations.hf import hub as records
@@ -20,6 +19,7 @@ from dataopt.integrations.hf.features import model_outputs
 from dataopt.items import items_table
 from dataopt.review.export import export
 from dataopt.review.folder import read_folder
+from dataopt.sources import find_labels, find_source
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -186,7 +186,7 @@ def test_items_are_small_and_playable():
 def test_a_data_set_on_the_hub_is_named_by_its_commit(hub):
     hub.lfs = True
     code = (
-        "from dataopt.clean import find_source; from dataopt.review.export import load_source\n"
+        "from dataopt.sources import find_source, load_source\n"
         "from datasets import Dataset\n"
         "data = Dataset.from_dict({'text': ['a', 'b'], 'label': [0, 1]})\n"
         "data.push_to_hub('me/words')\n"

@@ -180,3 +180,13 @@ def test_the_table_of_answers_is_as_wide_as_told():
 def test_only_the_first_sentence_of_an_answer_is_shown():
     assert demo_kvzip.first_sentence("The dog is\n Biscuit. It barks. Loud") == "The dog is Biscuit."
     assert demo_kvzip.first_sentence("") == ""
+
+
+def test_the_relation_map_shows_every_neighbour():
+    mean, std, last = np.array([0.4, -0.1, 0.0]), np.array([0.1, 0.2, 0.0]), np.array([0.3, -0.2, 0.0])
+    figure = plots.show_relation_map(mean, std, last, "row 7")
+    dots = figure.axes[0].collections[0]
+    places = {tuple(p): v for p, v in zip(dots.get_offsets().round(6), dots.get_array(), strict=True)}
+    assert places == {(0.4, 0.1): 0.3, (-0.1, 0.2): -0.2, (0.0, 0.0): 0.0}
+    assert figure.axes[0].get_title() == "row 7" and dots.get_clim() == (-0.4, 0.4)
+    assert Image.open(io.BytesIO(plots.to_png(plots.show_relation_map(*np.zeros((3, 0)))))).format == "PNG"

@@ -30,9 +30,10 @@ from dataopt.cli import app
 from dataopt.integrations.hf.hub import write_record
 from dataopt.review import server as server_module
 from dataopt.review.decisions import Decisions, open_decisions
-from dataopt.review.export import export, label_ids, labels_hash, load_source
+from dataopt.review.export import export
 from dataopt.review.folder import read_folder
 from dataopt.review.server import application, describe
+from dataopt.sources import label_ids, labels_hash, load_source
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from starlette.testclient import TestClient

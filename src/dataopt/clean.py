@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,8 +25,7 @@ from .integrations.hf import clean_dataset, hub
 from .integrations.hf.features import ModelOutputs, model_outputs
 from .integrations.hf.inputs import find_inputs
 from .items import items_table
-from .review.export import _write as write_parquet
-from .review.export import labels_hash, load_source
+from .sources import find_labels, find_source, labels_hash, load_source, write_parquet
 
 KIND, VERSION = "dataopt-clean", 1
 _MAP = 400  # neighbours of a suspect in the relation map, at most
@@ -177,58 +173,6 @@ def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
                 f"--out {out} was begun with other values of {', '.join(other)}; give the same, or another folder"
             )
     write_whole(begun, json.dumps(asked, indent=1) + "\n")
-
-
-def find_source(name: str, split: str | None, config: str | None, revision: str | None) -> dict[str, Any]:
-    """What a data set's name means: a file, saved data, a folder or a Hub repository, and which split.
-
-    Raises:
-        ValueError: several splits and none of them named or called train, or a revision of local data.
-        OSError: neither here nor on the Hub.
-    """
-    path = Path(name)
-    if path.exists() and revision is not None:
-        raise ValueError(f"--revision {revision} is for the Hub and {name} is here; leave it out")
-    if path.is_file():
-        return {"kind": "files", "name": [os.fspath(path.resolve())], "split": split}
-    if path.is_dir() and (path / "state.json").exists():
-        return {"kind": "disk", "name": os.fspath(path.resolve())}
-    if path.is_dir() and (path / "dataset_dict.json").exists():
-        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        return {"kind": "disk", "name": os.fspath(path.resolve()), "split": _one_split(name, names, split)}
-    if path.is_dir():
-        names = datasets.get_dataset_split_names(os.fspath(path.resolve()), config)
-        split = _one_split(name, names, split)
-        return {"kind": "folder", "name": os.fspath(path.resolve()), "config": config, "split": split}
-    try:
-        revision = HfApi().dataset_info(name, revision=revision).sha  # so that it is found again as it is now
-    except HFValidationError as e:
-        raise ValueError(f"{name!r} is no file, no folder and no name of a data set on the Hub") from e
-    names = datasets.get_dataset_split_names(name, config, revision=revision)
-    split = _one_split(name, names, split)
-    return {"kind": "hub", "name": name, "config": config, "revision": revision, "split": split}
-
-
-def _one_split(name: str, names: Sequence[str], split: str | None) -> str:
-    if split is None:
-        split = names[0] if len(names) == 1 else "train"
-    if split not in names:
-        raise ValueError(f"{name} has the splits {', '.join(names)}; give one of them with --split")
-    return split
-
-
-def find_labels(data: datasets.Dataset) -> str:
-    """The column of labels: the only ``ClassLabel``, or one that is called so.
-
-    Raises:
-        ValueError: none or several.
-    """
-    classes = [name for name, f in data.features.items() if isinstance(f, datasets.ClassLabel)]
-    called = [name for name in ("label", "labels") if name in data.column_names]
-    found = classes if len(classes) == 1 else called
-    if len(found) != 1:
-        raise ValueError(f"the column of labels is not clear among {', '.join(data.column_names)}; give --label-column")
-    return found[0]
 
 
 def _outputs(name: str, data: datasets.Dataset, folder: Path, device: torch.device, **options: Any) -> ModelOutputs:
