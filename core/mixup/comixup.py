@@ -191,14 +191,14 @@ class CoMixup:
             first.append(a + start)
             second.append(b + start)
             total, gap = total + value, max(gap, bound)
-        a, b = (torch.from_numpy(np.concatenate(p).reshape(-1, *cells)).to(x.device) for p in (first, second))
-        sources = shares(a, b, len(x))
-        out = mix_regions(as_image(x), a, b)
+        one, other = (torch.from_numpy(np.concatenate(p).reshape(-1, *cells)).to(x.device) for p in (first, second))
+        sources = shares(one, other, len(x))
+        out = mix_regions(as_image(x), one, other)
         if x.ndim == 3:
             out = out.squeeze(2)
         elif x.is_contiguous(memory_format=torch.channels_last):
             out = out.contiguous(memory_format=torch.channels_last)
-        return CoMixed(out, sources @ labels, sources, a, b, total, gap)
+        return CoMixed(out, sources @ labels, sources, one, other, total, gap)
 
     def _partition(
         self, pooled: np.ndarray, objects: np.ndarray, lam: Tensor | None, cells: Grid, rng: np.random.Generator
