@@ -15,6 +15,7 @@ from pathlib import Path
 SCRIPTS = (
     ("solver_time", False),
     ("transport_time", False),
+    ("comixup_time", False),
     ("cifar10", True),
     ("figure_3_2", True),
     ("step_time", True),

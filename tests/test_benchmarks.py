@@ -1,6 +1,7 @@
 """Each benchmark's smallest cells run, are kept, and make a report."""
 
 import importlib
+import importlib.util
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from threadpoolctl import threadpool_limits
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
     *("common", "synthetic", "cifar", "solver_time", "transport_time", "cifar10", "figure_3_2", "step_time"),
+    "comixup_time",
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
     "relation_speed",
@@ -95,6 +97,15 @@ def test_transport_time_and_kept_cells(run, results, capsys):
     assert (results / "transport_time.json").read_bytes() == before
     run("transport_time", "--fresh")
     assert "2x2: ran" in capsys.readouterr().out
+
+
+def test_comixup_time_without_gco_says_that_its_targets_are_not_measured(run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gco" else find(name, *rest))
+    cells, text = run("comixup_time")
+    assert cells["time"]["ours, the whole call"] > cells["time"]["ours"] > 0 and "gco" not in cells["time"]
+    assert cells["restarts 2"]["objective"] < cells["restarts 1"]["objective"]
+    assert "targets against it are not measured" in text and "repeated supports per 1,000 outputs at most 10" in text
 
 
 def test_cells_of_other_settings_are_not_kept(run, results, capsys):
@@ -269,7 +280,7 @@ def test_relation_after_cleaning(run):
 def test_relation_speed(run):
     cells, text = run("relation_speed")
     assert cells["n=2000, C=10, very confident"]["computed"] < cells["n=2000, C=10"]["computed"] < 1
-    assert cells["n=1000, C=10, textbook"]["error"] < 1e-4 and cells["n=2000, C=10, memory"]["over"] > 0
+    assert cells["n=1000, C=10, textbook"]["error"] < 1e-4 and 0 < cells["n=2000, C=10, memory"]["over"] < 60
     assert set(cells["partitions: digits top2 8 %, seed 0"]) > {"1", "2"} and "at most 0.65" in text
 
 

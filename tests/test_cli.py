@@ -14,7 +14,7 @@ import dataopt
 import pytest
 from dataopt import doctor
 from dataopt.doctor import Requirement, expand, requirements
-from dataopt.integrations.timm.options import add_puzzle_arguments
+from dataopt.integrations.timm.options import add_arguments
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -118,10 +118,10 @@ def test_demo_without_its_language_model_says_how_to_get_it_before_anything_runs
 
 
 def test_the_page_about_timm_lists_every_option_with_its_default():
-    parser = argparse.ArgumentParser()
-    add_puzzle_arguments(parser)
-    rows = re.findall(r"^\| `(--puzzle-[a-z-]+)` \| (.*?) \|", (DOCS / "timm.md").read_text(), re.MULTILINE)
-    assert sorted(name for name, _ in rows) == sorted(o for o in parser._option_string_actions if "puzzle" in o)
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    rows = re.findall(r"^\| `(--(?:puzzle|comixup)-[a-z-]+)` \| (.*?) \|", (DOCS / "timm.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(parser._option_string_actions)
     for name, stated in rows:
         default = parser.get_default(name.lstrip("-").replace("-", "_"))
         if isinstance(default, list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from .saliency import check_batch, check_saliency
 THRESHOLDS = ("hard", "soft")
 _PRIOR_EPS = 1e-8  # the released code's guard inside the logarithm
 _OBJECT = 8  # pixels over which saliency is averaged before its maximum is looked for
-_CAP = 1_000_000  # states of the largest table of a sub-problem
+_CAP = 200_000  # states of the largest table of a sub-problem; on 4 x 4 none was seen to need more
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,20 @@ class CoMixup:
         beta: smoothness of the labels. gamma: weight of the compatibility term. eta: weight of the prior. All act per
             region, as in the released code.
         tau: how much the other outputs may show an input before it costs, as a share of one output's area.
-        omega: weight of the distance between salient places in A = (1 - omega) I + omega A_c.
+        omega: weight of the distance between salient places in A = (1 - omega) I + omega A_c; up to 2 / (partition + 2)
+            A is positive semi-definite whatever the inputs.
         grid: n means n x n regions (n on 1-d inputs), a pair (rows, cols).
         partition: inputs that are mixed together; the last partition may be smaller.
-        outputs: made of a partition; None is as many as its inputs.
+        outputs: made of a whole partition, a smaller one makes its share of them; None is as many as inputs.
         n_iter: sweeps over the outputs.
         restarts: random starts; the one that ends with the lowest objective is taken.
         threshold: ``"hard"``, the released code: only inputs beyond tau cost, but fully; ``"soft"``, max{tau', v} of
             eq. 4.2 as printed.
+
+    From the released code, where eq. 4.1 leaves it open or differs: L is 2, and the half labels are those of the two or
+    three inputs that an output shows most, from its second sweep on, each preferred by 5e-4; a half next to one of its
+    inputs costs beta / 4; the prior is that of the one-hot labels; before the last sweep, outputs that show the same
+    inputs are charged for one of them each.
 
     Raises:
         ValueError: an argument outside its range.
@@ -124,15 +131,17 @@ class CoMixup:
         threshold: str = "hard",
     ):
         check_constructor(num_classes, alpha)
-        if alpha == 0:
-            raise ValueError("alpha=0 leaves the Dirichlet prior undefined; give a positive value, 2.0 in the thesis")
+        if not 0 < alpha < math.inf:
+            raise ValueError(
+                f"alpha={alpha} leaves the Dirichlet prior undefined; give a positive number, 2.0 in the thesis"
+            )
         for name, value in (("beta", beta), ("gamma", gamma), ("eta", eta), ("tau", tau)):
-            if not 0 <= value < float("inf"):
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be finite and not negative")
         if not 0 <= omega <= 1:
             raise ValueError(f"omega={omega} must lie in [0, 1]; 0.001 in the thesis")
         for name, count in (("partition", partition), ("outputs", outputs), ("n_iter", n_iter), ("restarts", restarts)):
-            if count is not None and (count < 1 or count != int(count)):
+            if count is not None and (not isinstance(count, int | np.integer) or count < 1):
                 raise ValueError(f"{name}={count} must be a whole number of at least 1")
         if threshold not in THRESHOLDS:
             raise ValueError(f"threshold={threshold!r} is unknown; choose one of {', '.join(THRESHOLDS)}")
@@ -173,42 +182,50 @@ class CoMixup:
 
         Raises:
             ValueError: non-finite or badly shaped inputs, labels out of range, a grid that does not divide the inputs,
-                or an omega for which A is not positive semi-definite.
+                shares of another shape, or an omega for which A is not positive semi-definite.
         """
         check_batch(x)
         labels = one_hot(y, self.num_classes, len(x)).to(x.device)
         s = check_saliency(s, x)
         cells = resolve_grid(self.grid, tuple(x.shape[2:]))
-        rng = draw_rng(generator)
+        given = lam if lam is None else _shares_given(lam, len(x))
+        starts = range(0, len(x), self.partition)
+        # one generator each, so that restarts in one partition leave the others' draws alone
+        rngs = draw_rng(generator).spawn(len(starts))
         pooled = pool(s, cells).flatten(1).double().cpu().numpy()
         objects = salient_places(s)
         first, second, total, gap = [], [], 0.0, 0.0
-        for start in range(0, len(x), self.partition):
-            rows = slice(start, min(start + self.partition, len(x)))
+        for start, rng in zip(starts, rngs, strict=True):
+            rows = slice(start, start + self.partition)
             a, b, value, bound = self._partition(
-                pooled[rows], objects[rows], lam if lam is None else lam[rows], cells, rng
+                pooled[rows], objects[rows], given if given is None else given[rows], cells, rng
             )
             first.append(a + start)
             second.append(b + start)
             total, gap = total + value, max(gap, bound)
         one, other = (torch.from_numpy(np.concatenate(p).reshape(-1, *cells)).to(x.device) for p in (first, second))
         sources = shares(one, other, len(x))
+        with torch.autocast(x.device.type, enabled=False):  # which would round the targets
+            targets = sources @ labels
         out = mix_regions(as_image(x), one, other)
         if x.ndim == 3:
             out = out.squeeze(2)
         elif x.is_contiguous(memory_format=torch.channels_last):
             out = out.contiguous(memory_format=torch.channels_last)
-        return CoMixed(out, sources @ labels, sources, one, other, total, gap)
+        return CoMixed(out, targets, sources, one, other, total, gap)
 
     def _partition(
-        self, pooled: np.ndarray, objects: np.ndarray, lam: Tensor | None, cells: Grid, rng: np.random.Generator
+        self, pooled: np.ndarray, objects: np.ndarray, given: np.ndarray | None, cells: Grid, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, float, float]:
         """Inputs (m', cells) of each place, the objective and the gap of the best start."""
         from .joint import sweeps  # importing numba takes half a second
 
         m, n = pooled.shape
         outputs = m if self.outputs is None else max(1, round(self.outputs * m / self.partition))
-        share = rng.dirichlet(np.full(m, self.alpha)) if lam is None else self._given(lam)
+        share = rng.dirichlet(np.full(m, self.alpha)) if given is None else given
+        if not share.sum() > 0:
+            raise ValueError("lam is 0 for all inputs of a partition; give some of them a share above 0")
+        share = share / share.sum()
         cost = np.ascontiguousarray((-pooled - self.eta / n * np.log(share + _PRIOR_EPS)[:, None]).T)
         compatible = compatibility(objects, self.omega)
         best = None
@@ -224,11 +241,12 @@ class CoMixup:
         assert best is not None
         return best
 
-    def _given(self, lam: Tensor) -> np.ndarray:
-        share = torch.as_tensor(lam, dtype=torch.float64).cpu().numpy()
-        if share.ndim != 1 or not (np.isfinite(share) & (share >= 0)).all() or share.sum() <= 0:
-            raise ValueError(f"lam={lam} must be (B,) shares of at least 0, some above 0 in each partition")
-        return share / share.sum()
+
+def _shares_given(lam: Tensor, batch: int) -> np.ndarray:
+    share = torch.as_tensor(lam, dtype=torch.float64).cpu().numpy()
+    if share.shape != (batch,) or not (np.isfinite(share) & (share >= 0)).all():
+        raise ValueError(f"lam has shape {share.shape}; give ({batch},) finite shares of at least 0")
+    return share
 
 
 def salient_places(s: Tensor) -> np.ndarray:
@@ -249,13 +267,12 @@ def compatibility(objects: np.ndarray, omega: float) -> np.ndarray:
     apart = np.abs(objects[:, None] - objects[None]).sum(-1).astype(np.float64)
     if apart.sum() > 0:
         apart *= m / apart.sum()
-    if omega > 0.01:  # smaller ones never are: the least eigenvalue is at least minus the largest row sum
-        least = float(np.linalg.eigvalsh(apart)[0])
-        limit = 1 / (1 - least)
+    if omega * apart.sum(1).max() > 1 - omega:  # else no eigenvalue is below 0, by Gershgorin
+        limit = 1 / (1 - float(np.linalg.eigvalsh(apart)[0]))
         if omega > limit + 1e-12:
             raise ValueError(
                 f"omega={omega} makes A indefinite for these inputs, and the penalty is then not supermodular (thesis "
-                f"Proposition 6); give at most {limit:.3g}"
+                f"Proposition 6); give at most {math.floor(1000 * limit) / 1000}, or 2 / (partition + 2) for any inputs"
             )
     return (1 - omega) * np.eye(m) + omega * apart
 

@@ -133,7 +133,7 @@ def check_saliency(s: Tensor, x: Tensor) -> Tensor:
     """(B, H, W) float32 saliency of a batch on its device; 1-d inputs become images of one row.
 
     Raises:
-        ValueError: another shape than the inputs', or negative or non-finite values.
+        ValueError: another shape than the inputs', negative or non-finite values, or a sample without any saliency.
     """
     expected = (len(x), *x.shape[2:])
     if s.shape != expected:
@@ -141,6 +141,8 @@ def check_saliency(s: Tensor, x: Tensor) -> Tensor:
     s = s.detach().to(x.device, torch.float32)
     if not bool((torch.isfinite(s) & (s >= 0)).all()):
         raise ValueError("s holds negative or non-finite values; saliency(gradient) guards against them")
+    if not bool((s.flatten(1).sum(1) > 0).all()):
+        raise ValueError("s is zero everywhere in some samples; give them the uniform map, as saliency(gradient) does")
     return s.unsqueeze(1) if s.ndim == 2 else s
 
 

@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from .features import ModelOutputs, model_outputs
     from .kvzip import KVzipCache
     from .label_cleaning import LabelCleaningCallback
+    from .mixup import CoMixupTrainerMixin, PuzzleMixTrainerMixin, mixup_trainer
     from .relation import add_relation_scores, clean_dataset
     from .scores import load_relation_scores, push_relation_scores, save_relation_scores
 
 __all__ = [
     "CleanableDataset",
+    "CoMixupTrainerMixin",
     "KVzipCache",
     "LabelCleaningCallback",
     "ModelOutputs",
+    "PuzzleMixTrainerMixin",
     "add_relation_scores",
     "add_saliency",
     "as_tv_tensors",
     "clean_dataset",
     "load_relation_scores",
+    "mixup_trainer",
     "model_outputs",
     "push_relation_scores",
     "read_snapshots",
@@ -35,14 +39,17 @@ __all__ = [
 
 _MODULES = {
     "CleanableDataset": "..cleanable",
+    "CoMixupTrainerMixin": ".mixup",
     "KVzipCache": ".kvzip",
     "LabelCleaningCallback": ".label_cleaning",
     "ModelOutputs": ".features",
+    "PuzzleMixTrainerMixin": ".mixup",
     "add_relation_scores": ".relation",
     "add_saliency": ".data",
     "as_tv_tensors": "..saliency_maps",
     "clean_dataset": ".relation",
     "load_relation_scores": ".scores",
+    "mixup_trainer": ".mixup",
     "model_outputs": ".features",
     "push_relation_scores": ".scores",
     "read_snapshots": "..snapshots",

@@ -7,12 +7,22 @@ if TYPE_CHECKING:
     from ..cleanable import CleanableDataset, weighted_loss
     from ..snapshots import read_snapshots
     from .label_cleaning import LabelCleaningCallback
+    from .mixup import CoMixupCallback, PuzzleMixCallback
 
-__all__ = ["CleanableDataset", "LabelCleaningCallback", "read_snapshots", "weighted_loss"]
+__all__ = [
+    "CleanableDataset",
+    "CoMixupCallback",
+    "LabelCleaningCallback",
+    "PuzzleMixCallback",
+    "read_snapshots",
+    "weighted_loss",
+]
 
 _MODULES = {
     "CleanableDataset": "..cleanable",
+    "CoMixupCallback": ".mixup",
     "LabelCleaningCallback": ".label_cleaning",
+    "PuzzleMixCallback": ".mixup",
     "read_snapshots": "..snapshots",
     "weighted_loss": "..cleanable",
 }

@@ -1,4 +1,4 @@
-"""Puzzle Mix inside timm training.
+"""Puzzle Mix and Co-Mixup inside timm training.
 
 Names are imported on first use, so that ``dataopt train`` can let a timm checkout beside its
 ``train.py`` come first, as ``python train.py`` does.
@@ -8,14 +8,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .collate import PuzzleCollate
-    from .mixup import PuzzleMixup
+    from .collate import CoMixupCollate, PuzzleCollate
+    from .mixup import CoMixupFn, PuzzleMixup
     from .sidecar import SaliencyFolder
-    from .task import PuzzleMixTask
+    from .task import CoMixupTask, PuzzleMixTask
 
-__all__ = ["PuzzleCollate", "PuzzleMixTask", "PuzzleMixup", "SaliencyFolder"]
+__all__ = [
+    "CoMixupCollate",
+    "CoMixupFn",
+    "CoMixupTask",
+    "PuzzleCollate",
+    "PuzzleMixTask",
+    "PuzzleMixup",
+    "SaliencyFolder",
+]
 
-_MODULES = {"PuzzleCollate": "collate", "PuzzleMixTask": "task", "PuzzleMixup": "mixup", "SaliencyFolder": "sidecar"}
+_MODULES = {
+    "CoMixupCollate": "collate",
+    "CoMixupFn": "mixup",
+    "CoMixupTask": "task",
+    "PuzzleCollate": "collate",
+    "PuzzleMixTask": "task",
+    "PuzzleMixup": "mixup",
+    "SaliencyFolder": "sidecar",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,29 +1,31 @@
-"""Puzzle Mix in the workers of a ``DataLoader``."""
+"""Puzzle Mix and Co-Mixup in the workers of a ``DataLoader``."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from dataopt.core.mixup import PuzzleMix
+from dataopt.core.mixup import CoMixup, PuzzleMix
 from dataopt.core.mixup.mixed import one_hot
 from dataopt.core.mixup.resample import resample
 from torch import Tensor
 from torch.utils.data import default_collate
 
 
-class PuzzleCollate:
-    """Collate function that mixes each batch; the saliency comes with the samples, or from a callable.
+class MixCollate:
+    """What :class:`PuzzleCollate` and :class:`CoMixupCollate` share: a collate function that mixes each batch.
+
+    The saliency comes with the samples, or from a callable.
 
     Samples are tuples (image, saliency, label), as ``SaliencyFolder`` gives them; tuples (image,
     label) with a ``saliency`` callable; or dicts with these keys, as rows of ``datasets`` are.
 
     - image: (C, H, W) tensor or array, or (H, W, C) array or PIL image; all of one shape. uint8
-      stays uint8, which timm's prefetcher wants, and ``mix`` must then have no ``mean`` and
-      ``std``; floats are normalised as ``mix`` says.
+      stays uint8, which timm's prefetcher wants, and a PuzzleMix must then have no ``mean`` and
+      ``std``; floats are normalised as it says.
     - saliency: (h, w) non-negative, on any grid: spread over the image area by area. A map that is
       zero or not finite becomes uniform.
     - label: class id, or (K,) weights.
@@ -31,14 +33,14 @@ class PuzzleCollate:
     The draws follow from ``seed`` and the content of the batch, so they are the same on any number
     of workers, and the same batch is mixed the same way whenever it comes up.
 
-    In timm: ``create_loader(dataset, ..., collate_fn=PuzzleCollate(...))``, with and without
+    In timm: ``create_loader(dataset, ..., collate_fn=...)``, with and without
     ``use_prefetcher``. Stop mixing by ``collate.mixup_enabled = False``; this reaches workers that
     are already running, from the next epoch on. ``loader.mixup_enabled`` of timm's prefetcher knows
     only timm's own collate function: it reads False, and setting it does nothing. Targets are soft
     with and without mixing, so use a soft-target loss throughout.
 
     Args:
-        mix: how to mix, without ``adversarial``, which needs a gradient.
+        mix: how to mix, a PuzzleMix without ``adversarial``, which needs a gradient.
         saliency: (B, C, H, W) float images, uint8 ones over 255, to (B, h, w); picklable where
             workers are spawned. Saliency among the samples is then not read.
         prob: probability that a batch is mixed.
@@ -51,28 +53,17 @@ class PuzzleCollate:
         ``image_key`` and ``label_key``, other keys left out: they would not fit a mixed input.
 
     Raises:
-        TypeError: ``mix`` is no :class:`PuzzleMix`.
+        TypeError: ``mix`` is of the other method, or of none.
         ValueError: ``prob`` or ``smoothing`` out of range, an adversarial ``mix``, samples of
-            another form, shape or dtype, or what :class:`PuzzleMix` raises, for instance on a batch
-            of one (``drop_last=True`` avoids the last one).
-
-    References:
-        Thesis chapter 3.
-
-    Examples:
-        >>> import torch
-        >>> from dataopt.core.mixup import PuzzleMix
-        >>> from dataopt.integrations.timm import PuzzleCollate
-        >>> samples = [(torch.rand(3, 32, 32), torch.rand(16, 16), label) for label in range(4)]
-        >>> loader = torch.utils.data.DataLoader(samples, batch_size=4, collate_fn=PuzzleCollate(PuzzleMix(10)))
-        >>> x, target = next(iter(loader))
-        >>> x.shape, target.shape
-        (torch.Size([4, 3, 32, 32]), torch.Size([4, 10]))
+            another form, shape or dtype, or what ``mix`` raises; Puzzle Mix does on a batch of one
+            (``drop_last=True`` avoids the last one).
     """
+
+    method: ClassVar[type]
 
     def __init__(
         self,
-        mix: PuzzleMix,
+        mix: PuzzleMix | CoMixup,
         saliency: Callable[[Tensor], Tensor] | None = None,
         *,
         prob: float = 1.0,
@@ -82,9 +73,9 @@ class PuzzleCollate:
         saliency_key: str = "saliency",
         label_key: str = "label",
     ):
-        if not isinstance(mix, PuzzleMix):
-            raise TypeError(f"mix is a {type(mix).__name__}; give a PuzzleMix(num_classes, ...)")
-        if mix.adversarial is not None:
+        if not isinstance(mix, self.method):
+            raise TypeError(f"mix is a {type(mix).__name__}; give a {self.method.__name__}(num_classes, ...)")
+        if isinstance(mix, PuzzleMix) and mix.adversarial is not None:
             raise ValueError("mix has adversarial=, which needs a gradient; loader workers have none, so leave it out")
         for name, value in (("prob", prob), ("smoothing", smoothing)):
             if not 0 <= value <= 1:
@@ -140,7 +131,7 @@ class PuzzleCollate:
     def _mix(self, x: Tensor, y: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
         labels = one_hot(y, self.mix.num_classes, len(x))
         whole = x.dtype == torch.uint8
-        if whole and self.mix.mean is not None:
+        if whole and isinstance(self.mix, PuzzleMix) and self.mix.mean is not None:
             raise ValueError(
                 f"images are uint8 and mix has mean={self.mix.mean}; leave mean and std out of PuzzleMix: uint8 images "
                 "are mixed as pixels, and normalised later"
@@ -166,6 +157,46 @@ class PuzzleCollate:
         for t in (y, few) if s is None else (y, few, s):
             h.update(t.contiguous().view(-1).view(torch.uint8).numpy().data)
         return int.from_bytes(h.digest(), "big") >> 1
+
+
+class PuzzleCollate(MixCollate):
+    """Puzzle Mix as a collate function; all else is said at :class:`MixCollate`.
+
+    References:
+        Thesis chapter 3.
+
+    Examples:
+        >>> import torch
+        >>> from dataopt.core.mixup import PuzzleMix
+        >>> from dataopt.integrations.timm import PuzzleCollate
+        >>> samples = [(torch.rand(3, 32, 32), torch.rand(16, 16), label) for label in range(4)]
+        >>> loader = torch.utils.data.DataLoader(samples, batch_size=4, collate_fn=PuzzleCollate(PuzzleMix(10)))
+        >>> x, target = next(iter(loader))
+        >>> x.shape, target.shape
+        (torch.Size([4, 3, 32, 32]), torch.Size([4, 10]))
+    """
+
+    method = PuzzleMix
+
+
+class CoMixupCollate(MixCollate):
+    """Co-Mixup as a collate function; all else is said at :class:`MixCollate`.
+
+    References:
+        Thesis chapter 4.
+
+    Examples:
+        >>> import torch
+        >>> from dataopt.core.mixup import CoMixup
+        >>> from dataopt.integrations.timm import CoMixupCollate
+        >>> samples = [(torch.rand(3, 32, 32), torch.rand(16, 16), label) for label in range(4)]
+        >>> loader = torch.utils.data.DataLoader(samples, batch_size=4, collate_fn=CoMixupCollate(CoMixup(10)))
+        >>> x, target = next(iter(loader))
+        >>> x.shape, target.shape
+        (torch.Size([4, 3, 32, 32]), torch.Size([4, 10]))
+    """
+
+    method = CoMixup
 
 
 def _image(value: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from .options import add_puzzle_arguments, check_options, mixup_value, read_config, stop
+from .options import METHODS, add_arguments, check_options, mixup_value, read_config, stop
 
 # timm's flags: name, type (None: a switch), default, and nargs where a flag takes several values
 _FLAGS: dict[str, list[tuple]] = {
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N")
     group.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
     group.add_argument("-j", "--workers", type=int, default=4, metavar="N")
-    add_puzzle_arguments(parser)
+    add_arguments(parser)
 
     config = parser.parse_known_args(argv)[0].config
     if config:
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         stop(f"--device {args.device}: give cpu, or leave it out; accelerate assigns devices to processes")
     if args.resume and not os.path.isfile(args.resume):
         stop(f"--resume {args.resume} does not exist; give a checkpoint, for example last.pth.tar")
-    if args.mixup == "puzzle":
-        check_options(args)
+    if args.mixup in METHODS:
+        check_options(args, args.mixup)
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     return args

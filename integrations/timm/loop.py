@@ -26,8 +26,8 @@ from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .flags import parse
-from .options import stop, task_settings
-from .task import PuzzleMixTask
+from .options import METHODS, stop, task_settings
+from .task import TASKS, MixTask
 
 _logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """One epoch; mean loss over this process' batches."""
     task.trainable_module.train()
-    if isinstance(task, PuzzleMixTask):
+    if isinstance(task, MixTask):
         task.set_epoch(epoch)
     elif args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
@@ -167,7 +167,7 @@ def validate(task: Any, loader: Any, args: argparse.Namespace, accelerator: Any,
 
 
 def _loaders(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) -> tuple[Any, Any]:
-    mixup = args.mixup if isinstance(args.mixup, float) else None  # None: Puzzle Mix, in the task
+    mixup = args.mixup if isinstance(args.mixup, float) else None  # None: a method of ours, in the task
     collate = None
     if mixup is not None and (mixup > 0 or args.cutmix > 0):
         collate = FastCollateMixup(
@@ -209,8 +209,9 @@ def _loaders(args: argparse.Namespace, config: dict[str, Any], accelerator: Any)
 def _task(args: argparse.Namespace, model: Any, accelerator: Any) -> ClassificationTask:
     loss = {"loss_type": "bce" if args.bce_loss else "ce", "smoothing": args.smoothing}
     common = dict(device=accelerator.device, verbose=accelerator.is_main_process)
-    if args.mixup == "puzzle":
-        return PuzzleMixTask(model, criterion_kwargs=loss, **task_settings(args, model, args.cutmix), **common)
+    if args.mixup in METHODS:
+        settings = task_settings(args, model, args.cutmix, args.mixup)
+        return TASKS[args.mixup](model, criterion_kwargs=loss, **settings, **common)
     soft = args.mixup > 0 or args.cutmix > 0
     return ClassificationTask(model, criterion_kwargs={**loss, "soft_targets": soft}, **common)
 

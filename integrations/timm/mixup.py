@@ -1,14 +1,14 @@
-"""How one training batch is mixed, and :class:`PuzzleMixup`, called like ``timm.data.Mixup``."""
+"""How one training batch is mixed, and :class:`PuzzleMixup` and :class:`CoMixupFn`, called like ``timm.data.Mixup``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dataopt.core.mixup import CutMix, Mixed, PuzzleMix, clean_loss, input_gradient, saliency
+from dataopt.core.mixup import CoMixed, CoMixup, CutMix, Mixed, PuzzleMix, clean_loss, input_gradient, saliency
 from dataopt.core.mixup.mixed import one_hot
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -29,23 +29,24 @@ class Batch:
 
     inputs: Tensor
     targets: Tensor
-    mixed: Mixed | None = None
+    mixed: Mixed | CoMixed | None = None
     clean_loss: Tensor | None = None
 
 
 class BatchMixer:
-    """Decides per batch between Puzzle Mix, CutMix and nothing, as timm's mixup options say, and does it.
+    """Decides per batch between mixing, CutMix and nothing, as timm's mixup options say, and does it.
 
     Every draw follows from (``seed``, ``step``, rank), so a run that is resumed with its ``step``
     goes on with the draws it would have made. Nothing is exchanged between ranks: they decide alike
     whether to mix, and their masks differ.
 
     Args:
-        mix: how to mix; its ``mean`` and ``std`` are the loader's.
+        mix: how to mix; a PuzzleMix has the loader's ``mean`` and ``std``.
         prob: probability of mixing, per batch or per element.
-        cutmix_alpha: above 0, CutMix takes the place of Puzzle Mix with probability ``switch_prob``.
+        cutmix_alpha: above 0, CutMix takes the place of ``mix`` with probability ``switch_prob``.
         switch_prob: see ``cutmix_alpha``.
-        mode: ``"batch"`` draws one expected share and one decision for all, ``"elem"`` one each.
+        mode: ``"batch"`` draws one expected share and one decision for all, ``"elem"`` one each. Co-Mixup mixes whole
+            batches, so it has ``"batch"`` only.
         smoothing: label smoothing, by timm's rule: off = smoothing / K, on = 1 - smoothing + off.
         multi_label: accept (B, K) multi-hot targets. Their saliency is that of the binary
             cross-entropy, and smoothing moves each label towards 0.5.
@@ -56,12 +57,12 @@ class BatchMixer:
 
     Raises:
         ValueError: an argument outside its range, or two that do not go together.
-        TypeError: ``mix`` is not a :class:`PuzzleMix`.
+        TypeError: ``mix`` is neither a :class:`PuzzleMix` nor a :class:`CoMixup`.
     """
 
     def __init__(
         self,
-        mix: PuzzleMix,
+        mix: PuzzleMix | CoMixup,
         *,
         prob: float = 1.0,
         cutmix_alpha: float = 0.0,
@@ -73,8 +74,10 @@ class BatchMixer:
         saliency_resolution: float = 1.0,
         seed: int = 0,
     ):
-        if not isinstance(mix, PuzzleMix):
-            raise TypeError(f"mix is {type(mix).__name__}; give dataopt.core.mixup.PuzzleMix(num_classes, ...)")
+        if not isinstance(mix, PuzzleMix | CoMixup):
+            raise TypeError(
+                f"mix is {type(mix).__name__}; give PuzzleMix or CoMixup(num_classes, ...) of dataopt.core.mixup"
+            )
         for name, value in (("prob", prob), ("switch_prob", switch_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} is a probability; give a value in [0, 1]")
@@ -86,9 +89,13 @@ class BatchMixer:
         if not 0 < saliency_resolution <= 1:
             raise ValueError(f"saliency_resolution={saliency_resolution} must lie in (0, 1]; 0.5 halves each side")
         if mode == "pair":
-            raise ValueError("mode='pair' mixes two inputs with each other; Puzzle Mix has 'batch' and 'elem'")
+            raise ValueError("mode='pair' mixes two inputs with each other; choose 'batch', or with Puzzle Mix 'elem'")
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose 'batch' or 'elem'")
+        if mode == "elem" and isinstance(mix, CoMixup):
+            raise ValueError(
+                "mode='elem' decides for each input, but Co-Mixup mixes them jointly; leave mode at 'batch'"
+            )
         if mode == "elem" and cutmix_alpha > 0:
             raise ValueError(f"mode='elem' with cutmix_alpha={cutmix_alpha}: switching to CutMix needs mode='batch'")
         if clean_weight > 0 and saliency_resolution < 1:
@@ -119,12 +126,12 @@ class BatchMixer:
             enabled: False leaves the batch unmixed and draws nothing.
 
         Raises:
-            ValueError: what :class:`PuzzleMix` raises, or (B, K) targets without ``multi_label``.
+            ValueError: what ``mix`` raises, or (B, K) targets without ``multi_label``.
         """
         if y.ndim == 2 and not self.multi_label:
             raise ValueError(
                 f"target has shape {tuple(y.shape)}: (B, K) targets need a binary cross-entropy criterion and, in "
-                "PuzzleMixup, multi_label=True; otherwise give (B,) class ids"
+                "PuzzleMixup and CoMixupFn, multi_label=True; otherwise give (B,) class ids"
             )
         labels = one_hot(y, self.mix.num_classes, len(x)).to(x.device)  # checked before the model sees them
         if not enabled:
@@ -147,18 +154,20 @@ class BatchMixer:
             partner = torch.from_numpy(
                 np.where(rng.random(len(x)) < self.prob, rng.permutation(len(x)), np.arange(len(x)))
             )
-            lam = torch.from_numpy(rng.beta(self.mix.alpha, self.mix.alpha, len(x))) if self.mix.alpha > 0 else None
+            alpha = self.mix.alpha
+            lam = torch.from_numpy(rng.beta(alpha, alpha, len(x))) if alpha > 0 else None
         if not chosen:
             return Batch(x, self._smooth(labels, y))
 
         self.mixed += 1
+        mixed: Mixed | CoMixed
         if switch and self.cutmix is not None:
             mixed, clean = self.cutmix(x, labels, generator=generator), None
         else:
-            mixed, clean = self._puzzle(model, x, y, labels, generator, partner, lam)
+            mixed, clean = self._salient(model, x, y, labels, generator, partner, lam)
         return Batch(mixed.inputs, self._smooth(mixed.targets, y), mixed, clean)
 
-    def _puzzle(
+    def _salient(
         self,
         model: nn.Module,
         x: Tensor,
@@ -167,9 +176,9 @@ class BatchMixer:
         generator: torch.Generator,
         partner: Tensor | None,
         lam: Tensor | None,
-    ) -> tuple[Mixed, Tensor | None]:
+    ) -> tuple[Mixed | CoMixed, Tensor | None]:
         bare = unwrap_model(model)
-        adversarial = self.mix.adversarial
+        adversarial = self.mix.adversarial if isinstance(self.mix, PuzzleMix) else None
         seen, noise = adversarial.start(x, generator) if adversarial is not None else (x, None)
         label, loss_fn = (y.long(), F.cross_entropy) if y.ndim == 1 else (labels, F.binary_cross_entropy_with_logits)
         clean = None
@@ -177,9 +186,11 @@ class BatchMixer:
             clean, gradient = clean_loss(bare, seen, label, loss_fn)
         else:
             gradient = input_gradient(bare, seen, label, loss_fn, self.saliency_resolution)
+        s = saliency(gradient)
+        if isinstance(self.mix, CoMixup):
+            return self.mix(x, labels, s, generator), clean
         step = None if noise is None else gradient
-        mixed = self.mix(x, labels, saliency(gradient), noise, step, generator, partner=partner, lam=lam)
-        return mixed, clean
+        return self.mix(x, labels, s, noise, step, generator, partner=partner, lam=lam), clean
 
     def _smooth(self, targets: Tensor, y: Tensor) -> Tensor:
         off = 1 / self.mix.num_classes if y.ndim == 1 else 0.5
@@ -193,7 +204,51 @@ class BatchMixer:
         self.step = int(state["step"])
 
 
-class PuzzleMixup:
+class MixupFn:
+    """What :class:`PuzzleMixup` and :class:`CoMixupFn` share: a mixer, and the model that its saliency needs.
+
+    Attributes:
+        mixup_enabled: set it to False to stop mixing; targets stay soft.
+    """
+
+    collate: ClassVar[str]  # the method's class for a collate_fn
+
+    def __init__(self, model: nn.Module, mixer: BatchMixer):
+        self.model = model
+        self.mixer = mixer
+        self.mixup_enabled = True
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            x: (B, C, H, W), normalised.
+            target: (B,) class ids, or (B, K) multi-hot with ``multi_label=True``.
+
+        Returns:
+            (inputs like ``x``, targets (B, K) float32).
+
+        Raises:
+            TypeError: called with a list of samples, as a collate function is.
+            ValueError: what the method raises.
+        """
+        if target is None or not isinstance(x, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} got {type(x).__name__} where a batch (x, target) of tensors belongs; in a "
+                f"DataLoader's collate_fn use dataopt.integrations.timm.{self.collate}"
+            )
+        batch = self.mixer(self.model, x, target, self.mixup_enabled)
+        return batch.inputs, batch.targets
+
+    def state_dict(self) -> dict[str, int]:
+        """Save it with the model, so that a resumed run goes on with the same draws."""
+        return self.mixer.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.mixer.load_state_dict(state)
+
+
+class PuzzleMixup(MixupFn):
     """Puzzle Mix for a training loop of your own, called like ``timm.data.Mixup``.
 
     Keywords that ``timm.data.Mixup`` has mean the same here. The saliency needs the model, so this
@@ -208,9 +263,6 @@ class PuzzleMixup:
         saliency_resolution, seed: see :class:`BatchMixer`.
         **puzzle: arguments of :class:`PuzzleMix`: ``alpha``, ``beta``, ``mean``, ``std``, ...
 
-    Attributes:
-        mixup_enabled: set it to False to stop mixing; targets stay soft.
-
     Examples:
         >>> import timm, torch
         >>> from dataopt.integrations.timm import PuzzleMixup
@@ -220,6 +272,8 @@ class PuzzleMixup:
         >>> target.shape
         torch.Size([4, 10])
     """
+
+    collate = "PuzzleCollate"
 
     def __init__(
         self,
@@ -236,8 +290,7 @@ class PuzzleMixup:
         seed: int = 0,
         **puzzle: Any,
     ):
-        self.model = model
-        self.mixer = BatchMixer(
+        mixer = BatchMixer(
             PuzzleMix(num_classes, **puzzle),
             prob=prob,
             cutmix_alpha=cutmix_alpha,
@@ -248,36 +301,58 @@ class PuzzleMixup:
             saliency_resolution=saliency_resolution,
             seed=seed,
         )
-        self.mixup_enabled = True
+        super().__init__(model, mixer)
 
-    def __call__(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mix a batch.
 
-        Args:
-            x: (B, C, H, W), normalised as ``mean`` and ``std`` say.
-            target: (B,) class ids, or (B, K) multi-hot with ``multi_label=True``.
+class CoMixupFn(MixupFn):
+    """Co-Mixup for a training loop of your own, called like ``timm.data.Mixup``.
 
-        Returns:
-            (inputs like ``x``, targets (B, K) float32).
+    As :class:`PuzzleMixup`, but for ``mode``: all inputs of a batch are mixed jointly.
 
-        Raises:
-            TypeError: called with a list of samples, as a collate function is.
-            ValueError: what :class:`PuzzleMix` raises.
-        """
-        if target is None or not isinstance(x, Tensor):
-            raise TypeError(
-                f"PuzzleMixup got {type(x).__name__} where a batch (x, target) of tensors belongs; in a DataLoader's "
-                "collate_fn use dataopt.integrations.timm.PuzzleCollate"
-            )
-        batch = self.mixer(self.model, x, target, self.mixup_enabled)
-        return batch.inputs, batch.targets
+    Args:
+        model: the model being trained, wrapped or not.
+        num_classes: K, columns of the targets.
+        cutmix_alpha, prob, switch_prob, label_smoothing, multi_label: as in timm.
+        saliency_resolution, seed: see :class:`BatchMixer`.
+        **comixup: arguments of :class:`CoMixup`: ``grid``, ``partition``, ``tau``, ...
 
-    def state_dict(self) -> dict[str, int]:
-        """Save it with the model, so that a resumed run goes on with the same draws."""
-        return self.mixer.state_dict()
+    Examples:
+        >>> import timm, torch
+        >>> from dataopt.integrations.timm import CoMixupFn
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> mixup_fn = CoMixupFn(model, num_classes=10)
+        >>> x, target = mixup_fn(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+        >>> target.shape
+        torch.Size([4, 10])
+    """
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.mixer.load_state_dict(state)
+    collate = "CoMixupCollate"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int = 1000,
+        *,
+        cutmix_alpha: float = 0.0,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        label_smoothing: float = 0.1,
+        multi_label: bool = False,
+        saliency_resolution: float = 1.0,
+        seed: int = 0,
+        **comixup: Any,
+    ):
+        mixer = BatchMixer(
+            CoMixup(num_classes, **comixup),
+            prob=prob,
+            cutmix_alpha=cutmix_alpha,
+            switch_prob=switch_prob,
+            smoothing=label_smoothing,
+            multi_label=multi_label,
+            saliency_resolution=saliency_resolution,
+            seed=seed,
+        )
+        super().__init__(model, mixer)
 
 
 def _rank() -> int:

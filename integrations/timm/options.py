@@ -1,4 +1,4 @@
-"""The command line's ``--puzzle-*`` options, and the objects that they describe."""
+"""The command line's ``--puzzle-*`` and ``--comixup-*`` options, and the objects that they describe."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dataopt.core.mixup import Adversarial, PuzzleMix
+from dataopt.core.mixup import Adversarial, CoMixup, PuzzleMix
 from dataopt.core.mixup.grid import resolve_grid
 
 if TYPE_CHECKING:
     from torch import nn
 
-METHODS = ("puzzle",)
+METHODS = ("puzzle", "comixup")
 
 
 def mixup_value(text: str) -> str | float:
@@ -52,6 +52,12 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         stop(f"--config {path} holds {type(values).__name__}; give a YAML mapping of options")
     return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every method."""
+    add_puzzle_arguments(parser)
+    add_comixup_arguments(parser)
 
 
 def add_puzzle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +106,55 @@ def add_puzzle_arguments(parser: argparse.ArgumentParser) -> None:
     add("--puzzle-adv-no-decay", action="store_true", help="do not scale the noise by a uniform draw")
 
 
+def add_comixup_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the ``--comixup-*`` group; defaults are :class:`CoMixup`'s own."""
+    default = {name: p.default for name, p in inspect.signature(CoMixup).parameters.items()}
+    add = parser.add_argument_group(
+        "Co-Mixup (dataopt), used with --mixup comixup",
+        "--cutmix, --mixup-prob, --mixup-switch-prob, --mixup-off-epoch, --smoothing and --bce-loss act as they do on "
+        "timm's mixup; --mixup-mode is batch.",
+    ).add_argument
+    for name, meaning in (
+        ("alpha", "of the Dirichlet prior over a partition's images"),
+        ("beta", "label smoothness"),
+        ("gamma", "weight of the compatibility between outputs"),
+        ("eta", "weight of the mixing prior"),
+        ("tau", "how much the others may show an image before it costs"),
+        ("omega", "weight of the distance between salient places"),
+    ):
+        value = default[name]
+        add(f"--comixup-{name}", type=float, default=value, metavar="X", help=f"{meaning} (default: {value})")
+    for name, meaning in (
+        ("partition", "images that are mixed together"),
+        ("n-iter", "sweeps over the outputs"),
+        ("restarts", "random starts, the best of which is taken"),
+    ):
+        value = default[name.replace("-", "_")]
+        add(f"--comixup-{name}", type=int, default=value, metavar="N", help=f"{meaning} (default: {value})")
+    add("--comixup-outputs", type=int, metavar="N", help="mixed images of a partition (default: as many as it has)")
+    add("--comixup-grid", type=_grid, default=default["grid"], metavar="N", help="regions, N or ROWSxCOLS (default: 4)")
+    add("--comixup-threshold", choices=("hard", "soft"), default=default["threshold"])
+    add("--comixup-clean-weight", type=float, default=0.0, metavar="X", help="weight of the loss on unmixed inputs")
+    add(
+        "--comixup-saliency-resolution",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="below 1, saliency from inputs downsized by this factor",
+    )
+
+
+def co_mixup(args: argparse.Namespace) -> CoMixup:
+    """The :class:`CoMixup` that the options describe, for ``args.num_classes`` classes."""
+    names = [name for name in inspect.signature(CoMixup).parameters if name not in ("num_classes", "grid")]
+    grid = args.comixup_grid
+    return CoMixup(
+        args.num_classes,
+        grid=tuple(grid) if isinstance(grid, list) else grid,  # YAML has no tuples
+        **{name: getattr(args, f"comixup_{name}") for name in names},
+    )
+
+
 def puzzle_mix(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> PuzzleMix:
     """The :class:`PuzzleMix` that the options describe, for ``args.num_classes`` classes."""
     adversarial = None
@@ -132,27 +187,28 @@ def puzzle_mix(args: argparse.Namespace, mean: Sequence[float], std: Sequence[fl
     )
 
 
-def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: float) -> dict[str, Any]:
-    """Arguments of ``PuzzleMixTask``, but for the criterion, from timm's options and ours.
+def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: float, method: str) -> dict[str, Any]:
+    """Arguments of the method's task, but for the criterion, from timm's options and ours.
 
     Args:
-        args: timm's options, ``num_classes`` resolved, and the ``--puzzle-*`` ones.
+        args: timm's options, ``num_classes`` resolved, and ours.
         model: the model, whose configuration may hold mean and std; None before there is one.
         cutmix: what the user gave as ``--cutmix``.
+        method: of ``METHODS``.
 
     Raises:
-        ValueError: a value that Puzzle Mix does not take, or a grid that does not divide the images.
+        ValueError: a value that the method does not take, or a grid that does not divide the images.
     """
     from timm.data import resolve_data_config
 
     config = resolve_data_config(vars(args), model=model)
     channels = config["input_size"][0]
     mean, std = _per_channel(config["mean"], channels), _per_channel(config["std"], channels)
-    mix = puzzle_mix(args, mean, std)
+    mix = puzzle_mix(args, mean, std) if method == "puzzle" else co_mixup(args)
     given = vars(args)
     if model is not None or given.get("input_size") or given.get("img_size"):  # else the model has yet to say its size
         sizes = [(n, n) for n in given.get("train_img_sizes") or ()] or [config["input_size"][1:]]
-        for grid, size in itertools.product(mix.grids, sizes):
+        for grid, size in itertools.product(mix.grids if isinstance(mix, PuzzleMix) else (mix.grid,), sizes):
             resolve_grid(grid, tuple(size))
     return dict(
         mix=mix,
@@ -162,25 +218,26 @@ def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: flo
         mode=args.mixup_mode,
         smoothing=args.smoothing,
         off_epoch=args.mixup_off_epoch,
-        clean_weight=args.puzzle_clean_weight,
-        saliency_resolution=args.puzzle_saliency_resolution,
+        clean_weight=given[f"{method}_clean_weight"],
+        saliency_resolution=given[f"{method}_saliency_resolution"],
         seed=args.seed,
     )
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Stop on values that Puzzle Mix does not take, before a model is built."""
+def check_options(args: argparse.Namespace, method: str) -> None:
+    """Stop on values that the method does not take, before a model is built."""
     from .mixup import BatchMixer
 
-    if args.mixup_mode == "pair":
-        stop("--mixup puzzle does not go with --mixup-mode pair: Puzzle Mix has batch and elem")
+    modes = {"puzzle": ("batch", "elem"), "comixup": ("batch",)}[method]
+    if args.mixup_mode in ("pair", "elem") and args.mixup_mode not in modes:
+        stop(f"--mixup {method} does not go with --mixup-mode {args.mixup_mode}: it has {' and '.join(modes)}")
     trial = argparse.Namespace(**{**vars(args), "num_classes": args.num_classes or 1})
     try:
-        settings = task_settings(trial, None, args.cutmix)
+        settings = task_settings(trial, None, args.cutmix, method)
         del settings["off_epoch"]
         BatchMixer(**settings)
     except ValueError as e:
-        stop(f"--mixup puzzle: {e}")
+        stop(f"--mixup {method}: {e}")
 
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:

@@ -1,13 +1,13 @@
-"""Puzzle Mix as a timm training task."""
+"""Puzzle Mix and Co-Mixup as timm training tasks."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from dataopt.core.mixup import PuzzleMix
+from dataopt.core.mixup import CoMixup, PuzzleMix
 from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from .mixup import BatchMixer
 _logger = logging.getLogger(__name__)
 
 
-class PuzzleMixTask(ClassificationTask):
-    """Classification on batches mixed by Puzzle Mix.
+class MixTask(ClassificationTask):
+    """What :class:`PuzzleMixTask` and :class:`CoMixupTask` share.
 
     Takes the loader's batches (normalised inputs, class ids), mixes them in training, and returns
     timm's ``{"loss", "output"}``. The saliency comes from the bare module under the wrappers, so
@@ -28,7 +28,7 @@ class PuzzleMixTask(ClassificationTask):
     Args:
         model: the model to train.
         criterion: takes (logits, soft targets (B, K)); None builds timm's from ``criterion_kwargs``.
-        mix: how to mix, with the loader's ``mean`` and ``std``.
+        mix: how to mix.
         criterion_kwargs: for ``timm.loss.create_classification_loss``; ``soft_targets`` is set.
         prob, cutmix_alpha, switch_prob, mode, smoothing, clean_weight, saliency_resolution, seed:
             see :class:`BatchMixer`.
@@ -37,23 +37,18 @@ class PuzzleMixTask(ClassificationTask):
         device, dtype, verbose: as in timm.
 
     Raises:
+        TypeError: ``mix`` is missing or of the other method.
         ValueError: a criterion that takes class indices only, or what :class:`BatchMixer` raises.
-
-    Examples:
-        >>> import timm, torch
-        >>> from dataopt.core.mixup import PuzzleMix
-        >>> from dataopt.integrations.timm import PuzzleMixTask
-        >>> model = timm.create_model("test_resnet", num_classes=10)
-        >>> task = PuzzleMixTask(model, mix=PuzzleMix(10), smoothing=0.1, verbose=False)
-        >>> task(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))["output"].shape
-        torch.Size([4, 10])
     """
+
+    method: ClassVar[type]
+    state_key: ClassVar[str]  # of the step in a checkpoint
 
     def __init__(
         self,
         model: nn.Module,
         criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
-        mix: PuzzleMix | None = None,
+        mix: PuzzleMix | CoMixup | None = None,
         *,
         criterion_kwargs: dict[str, Any] | None = None,
         prob: float = 1.0,
@@ -69,8 +64,11 @@ class PuzzleMixTask(ClassificationTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ):
+        name = self.method.__name__
         if mix is None:
-            raise TypeError("mix is missing; give PuzzleMix(num_classes, mean=..., std=...)")
+            raise TypeError(f"mix is missing; give dataopt.core.mixup.{name}(num_classes, ...)")
+        if not isinstance(mix, self.method):
+            raise TypeError(f"mix is {type(mix).__name__}; give dataopt.core.mixup.{name}(num_classes, ...)")
         if off_epoch < 0:
             raise ValueError(f"off_epoch={off_epoch} must not be negative; 0 mixes to the end")
         if criterion is None:
@@ -117,11 +115,11 @@ class PuzzleMixTask(ClassificationTask):
 
         Returns:
             ``loss`` (scalar), ``output`` (B, K) logits of the mixed inputs, ``target`` (B, K) what
-            they were trained towards, ``mixed`` (:class:`Mixed` or None), and ``clean_loss`` where
-            it was computed.
+            they were trained towards, ``mixed`` (:class:`Mixed`, :class:`CoMixed` or None), and
+            ``clean_loss`` where it was computed.
 
         Raises:
-            ValueError: what :class:`PuzzleMix` raises, for instance on a batch of one.
+            ValueError: what ``mix`` raises; Puzzle Mix does on a batch of one.
         """
         batch = self.mixer(self.trainable_module, input, target, self.mixing)
         result: dict[str, Any] = {**super().forward(batch.inputs, batch.targets)}
@@ -131,7 +129,7 @@ class PuzzleMixTask(ClassificationTask):
             result["clean_loss"] = batch.clean_loss.detach()
         return result
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> PuzzleMixTask:
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> MixTask:
         """As timm, but DDP on the CPU (gloo) must not be given device ids, and timm's train.py does."""
         if self.device.type == "cpu":
             device_ids = None
@@ -140,7 +138,7 @@ class PuzzleMixTask(ClassificationTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The step, so that a resumed run goes on with the same draws on every rank."""
-        return {} if ema else {"puzzle_mix": self.mixer.state_dict()}
+        return {} if ema else {self.state_key: self.mixer.state_dict()}
 
     def load_task_state(
         self,
@@ -149,13 +147,54 @@ class PuzzleMixTask(ClassificationTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Take up the step of a checkpoint; one written without Puzzle Mix starts at step 0."""
+        """Take up the step of a checkpoint; one written without this method starts at step 0."""
         if ema:
             return
-        if state and "puzzle_mix" in state:
-            self.mixer.load_state_dict(state["puzzle_mix"])
+        if state and self.state_key in state:
+            self.mixer.load_state_dict(state[self.state_key])
         elif self.verbose:
-            _logger.warning("The checkpoint was written without Puzzle Mix: its draws start from step 0.")
+            _logger.warning("The checkpoint was written without %s: its draws start from step 0.", self.method.__name__)
+
+
+class PuzzleMixTask(MixTask):
+    """Classification on batches mixed by Puzzle Mix.
+
+    All arguments are those of :class:`MixTask`; ``mix`` is a PuzzleMix with the loader's ``mean`` and ``std``.
+
+    Examples:
+        >>> import timm, torch
+        >>> from dataopt.core.mixup import PuzzleMix
+        >>> from dataopt.integrations.timm import PuzzleMixTask
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> task = PuzzleMixTask(model, mix=PuzzleMix(10), smoothing=0.1, verbose=False)
+        >>> task(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))["output"].shape
+        torch.Size([4, 10])
+    """
+
+    method = PuzzleMix
+    state_key = "puzzle_mix"
+
+
+class CoMixupTask(MixTask):
+    """Classification on batches mixed by Co-Mixup.
+
+    All arguments are those of :class:`MixTask`; ``mix`` is a CoMixup, and ``mode`` is ``"batch"``.
+
+    Examples:
+        >>> import timm, torch
+        >>> from dataopt.core.mixup import CoMixup
+        >>> from dataopt.integrations.timm import CoMixupTask
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> task = CoMixupTask(model, mix=CoMixup(10), smoothing=0.1, verbose=False)
+        >>> task(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))["mixed"].sources.shape
+        torch.Size([4, 4])
+    """
+
+    method = CoMixup
+    state_key = "comixup"
+
+
+TASKS: dict[str, type[MixTask]] = {"puzzle": PuzzleMixTask, "comixup": CoMixupTask}  # by the value of --mixup
 
 
 def _check_soft(criterion: Callable[[Tensor, Tensor], Tensor], num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""``dataopt train``: timm training with ``--mixup puzzle``.
+"""``dataopt train``: timm training with ``--mixup puzzle`` and ``--mixup comixup``.
 
 Runs timm's own ``train.py`` with every flag of it where one is found: ``--train-script PATH``, else
 ``$TIMM_TRAIN_SCRIPT``, else ``./train.py``. Otherwise the short loop of :mod:`.loop` runs. This
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .options import METHODS, add_puzzle_arguments, check_options, mixup_value, read_config, stop, task_settings
+from .options import METHODS, add_arguments, check_options, mixup_value, read_config, stop, task_settings
 
 _logger = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ _logger = logging.getLogger(__name__)
 _TIMM = ("from timm", "create_model", "config_parser", "_parse_args", "train_one_epoch")
 _PATCHED = ("parser", "_parse_args", "ClassificationTask", "train_one_epoch", "main")
 
-# Options of timm's that Puzzle Mix does not go with, and why.
+# Options of timm's that our methods do not go with, and why.
 _REFUSED = {
     "naflex_loader": "NaFlex batches are patch sequences, not images",
     "aug_splits": "augmentation splits put several views of an image into one batch",
     "jsd_loss": "the JSD loss compares unmixed views",
     "kd_model_name": "the distillation tasks mix nothing",
-    "cutmix_minmax": "use --cutmix ALPHA to switch between Puzzle Mix and CutMix",
+    "cutmix_minmax": "use --cutmix ALPHA to switch between the method and CutMix",
 }
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         return run_loop(rest)
     script = _load(path, method)
     if method or (hasattr(script, "ClassificationTask") and {"-h", "--help"} & set(rest)):
-        _teach(script, path)
+        _teach(script, path, method or METHODS[0])
     before = sys.argv
     sys.argv = [str(path), *rest]
     try:
@@ -111,55 +111,57 @@ def _load(path: Path, method: str | None) -> ModuleType:
     return script
 
 
-def _teach(script: ModuleType, path: Path) -> None:
-    """Teach timm's script ``--mixup puzzle``: its options, its task, and a check that it mixes."""
+def _teach(script: ModuleType, path: Path, method: str) -> None:
+    """Teach timm's script ``--mixup METHOD``: the options, the task, and a check that it mixes."""
     import yaml
 
-    from .task import PuzzleMixTask
+    from .task import TASKS
 
+    task_class = TASKS[method]
     missing = [name for name in _PATCHED if not hasattr(script, name)]
     if missing:
         stop(f"{path} has no {', '.join(missing)}: this train.py is not one that dataopt knows")
     parse_known, parse, train_one_epoch = script.parser.parse_known_args, script._parse_args, script.train_one_epoch
-    add_puzzle_arguments(script.parser)
+    add_arguments(script.parser)
     # timm compares both values with 0, some versions while parsing, and its collate mixes above 0
     script.parser._option_string_actions["--mixup"].type = _zero_for_method
     run = argparse.Namespace(args=None, cutmix=0.0)
 
     def parse_known_args(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
         parsed, rest = parse_known(*args, **kwargs)
-        _refuse(parsed)
+        _refuse(parsed, method)
         run.args, run.cutmix, parsed.cutmix = parsed, parsed.cutmix, 0.0
         return parsed, rest
 
     def parse_args() -> tuple:
         args, text, *more = parse()
-        saved = {**yaml.safe_load(text), "mixup": METHODS[0], "cutmix": run.cutmix}
+        saved = {**yaml.safe_load(text), "mixup": method, "cutmix": run.cutmix}
+        args.mixup_method, args.mixup_method_cutmix = method, run.cutmix  # for loggers and checkpoints, which get args
         return args, yaml.safe_dump(saved, default_flow_style=False), *more
 
-    class ScriptPuzzleMixTask(PuzzleMixTask):
+    class ScriptTask(task_class):  # type: ignore[misc, valid-type]
         """timm's ``ClassificationTask``, as this run's options want it."""
 
         def __init__(self, model: Any, criterion: Any = None, criterion_kwargs: dict | None = None, **kwargs: Any):
             # a criterion that timm built takes class ids
             made = {"criterion": _criterion(run.args)} if criterion_kwargs is None else {}
-            settings = task_settings(run.args, model, run.cutmix)
+            settings = task_settings(run.args, model, run.cutmix, method)
             super().__init__(model, criterion_kwargs=criterion_kwargs, **made, **settings, **kwargs)
 
     def checked_epoch(epoch: int, *args: Any, **kwargs: Any) -> Any:
-        task = next((v for v in (*args, *kwargs.values()) if isinstance(v, PuzzleMixTask)), None)
+        task = next((v for v in (*args, *kwargs.values()) if isinstance(v, task_class)), None)
         if task is None:
             built = type(kwargs.get("task")).__name__
-            raise RuntimeError(f"timm built {built}, not PuzzleMixTask: nothing would be mixed")
+            raise RuntimeError(f"timm built {built}, not {task_class.__name__}: nothing would be mixed")
         task.set_epoch(epoch)
         before = task.mixer.decided, task.mixer.mixed
         result = train_one_epoch(epoch, *args, **kwargs)
-        _check_mixed(task, epoch, *before)
+        _check_mixed(task, epoch, *before, name=task_class.__name__)
         return result
 
     script.parser.parse_known_args = parse_known_args
     script._parse_args = parse_args  # type: ignore[attr-defined]
-    script.ClassificationTask = ScriptPuzzleMixTask  # type: ignore[attr-defined]
+    script.ClassificationTask = ScriptTask  # type: ignore[attr-defined]
     script.train_one_epoch = checked_epoch  # type: ignore[attr-defined]
 
 
@@ -168,16 +170,16 @@ def _zero_for_method(text: str) -> float:
     return 0.0 if isinstance(value, str) else value
 
 
-def _refuse(args: argparse.Namespace) -> None:
-    """Stop on options of timm's that Puzzle Mix does not go with."""
+def _refuse(args: argparse.Namespace, method: str) -> None:
+    """Stop on options of timm's that the method does not go with."""
     refused = {name: why for name, why in _REFUSED.items() if getattr(args, name, None)}
     if getattr(args, "loss", None) == "jsd":
         refused["loss jsd"] = _REFUSED["jsd_loss"]
     if getattr(args, "task", "classification") == "multilabel":
-        refused["task multilabel"] = "use PuzzleMixTask with a binary cross-entropy criterion in a loop of your own"
+        refused["task multilabel"] = "use the method's task with a binary cross-entropy criterion in a loop of your own"
     for name, why in refused.items():
-        stop(f"--mixup puzzle does not go with --{name.replace('_', '-')}: {why}")
-    check_options(args)
+        stop(f"--mixup {method} does not go with --{name.replace('_', '-')}: {why}")
+    check_options(args, method)
 
 
 def _criterion(args: argparse.Namespace) -> Any:
@@ -194,13 +196,13 @@ def _criterion(args: argparse.Namespace) -> Any:
     )
 
 
-def _check_mixed(task: Any, epoch: int, decided: int, mixed: int) -> None:
+def _check_mixed(task: Any, epoch: int, decided: int, mixed: int, name: str) -> None:
     """After an epoch in which batches should have been mixed: were they?"""
     if (task.off_epoch and epoch >= task.off_epoch) or task.mixer.prob == 0:
         return
     decided, mixed = task.mixer.decided - decided, task.mixer.mixed - mixed
     if decided == 0 or (mixed == 0 and task.mixer.prob == 1):
-        raise RuntimeError(f"epoch {epoch} passed without one batch through PuzzleMixTask: nothing was mixed")
+        raise RuntimeError(f"epoch {epoch} passed without one batch through {name}: nothing was mixed")
     if mixed == 0:
         _logger.warning("Epoch %d mixed none of %d batches at --mixup-prob %g", epoch, decided, task.mixer.prob)
 

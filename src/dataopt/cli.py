@@ -59,7 +59,7 @@ def _root(
 
 @app.command(cls=_PassThrough, add_help_option=False)
 def train(ctx: typer.Context) -> None:
-    """Train with timm, its own flags plus --mixup puzzle; `dataopt train --help` lists them."""
+    """Train with timm, its own flags plus --mixup puzzle or comixup; `dataopt train --help` lists them."""
     with extra("timm"):
         importlib.import_module("dataopt.integrations.timm.train").main(ctx.args)
 

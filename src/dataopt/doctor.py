@@ -20,7 +20,14 @@ from . import __version__
 from .smollm2 import find_smollm2
 
 # Where the name on import is not the name on install.
-_MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "cython": "Cython", "gco-wrapper": "gco"}
+_MODULES = {
+    "scikit-learn": "sklearn",
+    "scikit-image": "skimage",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "cython": "Cython",
+    "gco-wrapper": "gco",
+}
 # Tools are looked up, not imported; importing gco would change numpy for the whole process.
 _NOT_IMPORTED = ("test", "docs", "lint", "pygco")
 _NOTES = {"pygco": "research use only, a baseline to measure against"}

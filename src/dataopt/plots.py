@@ -224,6 +224,32 @@ def show_relation_map(
     return figure
 
 
+def show_reliability(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], errors: Mapping[str, float] | None = None
+) -> Figure:
+    """Accuracy over confidence, one panel for each classifier (figure 4.4): above the diagonal it is under-confident.
+
+    Args:
+        curves: name to confidence, accuracy and share of the predictions, (bins,) each; NaN in an empty bin. The
+            larger a bin's share, the larger its dot.
+        errors: name to expected calibration error in [0, 1], for the titles.
+    """
+    figure = Figure(figsize=(2.5 * len(curves), 2.8), facecolor="white", layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for ax, (name, (confidence, accuracy, share)) in zip(axes, curves.items(), strict=True):
+        full = np.isfinite(confidence)
+        ax.plot([0, 1], [0, 1], color="#8a8a8a", linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.plot(confidence[full], accuracy[full], color=FIRST, linewidth=1.6)
+        ax.scatter(confidence[full], accuracy[full], s=8 + 160 * share[full], color=FIRST, alpha=0.7, linewidths=0)
+        title = f"{name}, ECE {errors[name]:.1%}" if errors else name
+        ax.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence", aspect="equal")
+        ax.set_title(title, fontsize=11)
+        ax.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        _plain(ax)
+    axes[0].set_ylabel("accuracy")
+    return figure
+
+
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as a PNG file."""
     out = BytesIO()

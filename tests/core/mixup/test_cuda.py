@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dataopt.core.mixup import Adversarial, CutMix, PuzzleMix, clean_loss, input_gradient, saliency
+from dataopt.core.mixup import Adversarial, CoMixup, CutMix, PuzzleMix, clean_loss, input_gradient, saliency
 
 from .conftest import smooth_saliency
 
@@ -27,6 +27,26 @@ def test_a_mix_is_the_one_of_the_cpu(transport, channels_last):
     out = mix(z, y, s, grid=4)
     assert out.inputs.dtype == torch.float16
     assert out.inputs.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+@pytest.mark.parametrize("grid", [2, 4, 8])
+def test_a_joint_mix_is_the_one_of_the_cpu(grid):
+    x, y, s = torch.rand(12, 3, 32, 32), torch.arange(12), smooth_saliency(12, 32, 32, 0)
+    mix = CoMixup(12, grid=grid, partition=8)
+    one, two = (
+        mix(x.to(device), y.to(device), s.to(device), generator=torch.Generator().manual_seed(3))
+        for device in ("cpu", "cuda")
+    )
+    assert two.inputs.is_cuda and two.targets.is_cuda and two.sources.is_cuda and two.first.is_cuda
+    assert torch.equal(two.first.cpu(), one.first) and torch.equal(two.second.cpu(), one.second)
+    torch.testing.assert_close(two.inputs.cpu(), one.inputs)
+    torch.testing.assert_close(two.targets.cpu(), one.targets)
+    torch.testing.assert_close(two.apply(x.cuda()).cpu(), one.apply(x))
+    z = x.cuda().half().to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.float16):
+        out = mix(z, y, s)
+    assert out.inputs.dtype == torch.float16 and out.targets.dtype == torch.float32
+    assert out.inputs.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradients_noise_and_random_state_on_the_device():

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from dataopt.integrations.timm.task import PuzzleMixTask
+from dataopt.integrations.timm.task import MixTask
 from dataopt.integrations.timm.train import main
 from PIL import Image
 
 CLASSES = 4
+LIKE_TIMM = Path(__file__).with_name("like_timm.py")
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +86,20 @@ def train_script(base_flags: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     return _runner(base_flags, tmp_path)
 
 
+@pytest.fixture
+def like_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Run the script that is like timm's; gives its output folder."""
+    monkeypatch.delenv("TIMM_TRAIN_SCRIPT", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: object, out: str = "out") -> Path:
+        (tmp_path / out).mkdir(exist_ok=True)
+        main(["--train-script", str(LIKE_TIMM), "--output", str(tmp_path / out), *map(str, flags)])
+        return tmp_path / out
+
+    return run
+
+
 needs_script = pytest.mark.skipif(
     not os.environ.get("TIMM_TRAIN_SCRIPT"),
     reason="timm's train.py is in no wheel: set TIMM_TRAIN_SCRIPT to its path to run this",
@@ -93,11 +108,11 @@ needs_script = pytest.mark.skipif(
 
 @pytest.fixture
 def steps() -> Iterator[list[dict[str, Any]]]:
-    """What every PuzzleMixTask returned while the test ran, with ``mixing`` and ``epoch`` added."""
+    """What every task of ours returned while the test ran, with ``mixing`` and ``epoch`` added."""
     seen: list[dict[str, Any]] = []
 
     def watch(module: torch.nn.Module, inputs: Any, result: Any) -> None:
-        if isinstance(module, PuzzleMixTask):
+        if isinstance(module, MixTask):
             seen.append({**result, "task": module, "epoch": module.epoch, "input": inputs[0], "label": inputs[1]})
 
     handle = torch.nn.modules.module.register_module_forward_hook(watch)

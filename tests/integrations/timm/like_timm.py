@@ -83,6 +83,8 @@ def main():
     if args.output:
         with open(os.path.join(args.output, "args.yaml"), "w") as f:
             f.write(text)
+        with open(os.path.join(args.output, "logged.yaml"), "w") as f:  # as wandb.init(config=args) has it
+            yaml.safe_dump(vars(args), f)
         torch.save(model.state_dict(), os.path.join(args.output, "model.pt"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from dataopt.core.mixup import CoMixed
 from dataopt.integrations.timm.train import main
 
 seen: list[tuple[Any, Any]] = []
@@ -31,5 +32,8 @@ for i, argv in enumerate(runs):
     main(argv)
     AcceleratorState._reset_state(reset_partial_state=True)
     parameters = {name: p.detach() for name, p in seen[-1][0].trainable_module.named_parameters()}
-    plans = {"masks": [m.mask for _, m in seen], "partners": [m.partner for _, m in seen]}
+    plans: dict[str, list] = {"masks": [], "partners": []}
+    for _, m in seen:
+        plans["masks"].append(m.sources if isinstance(m, CoMixed) else m.mask)
+        plans["partners"].append(m.first if isinstance(m, CoMixed) else m.partner)
     torch.save({**plans, "parameters": parameters}, f"{out}.{i}.{os.environ['RANK']}")

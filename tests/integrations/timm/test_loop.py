@@ -190,7 +190,7 @@ def test_a_config_file_gives_defaults(train, steps, tmp_path):
         (("--amp-dtype", "int8"), "--amp-dtype int8"),
         (("--batch-size", 64), "--batch-size 64 .* 16 training images"),
         (("--mixup-mode", "pair"), "--mixup-mode pair"),
-        (("--mixup", "comixup"), "unknown method 'comixup'; available: puzzle"),
+        (("--mixup", "cutout"), "unknown method 'cutout'; available: puzzle, comixup"),
         (("--device", "cuda:1"), "--device cuda:1"),
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--resume", "missing.pth.tar"), "--resume missing.pth.tar does not exist"),
@@ -242,11 +242,12 @@ def test_help_names_our_options_and_the_script(train, capsys):
 
 def test_two_processes_agree_on_parameters_and_not_on_masks(base_flags, tmp_path, monkeypatch):
     monkeypatch.delenv("TIMM_TRAIN_SCRIPT", raising=False)
-    plan = ["--batch-size", "4", "--grad-accum-steps", "2", "--puzzle-clean-weight", "0.5"]
-    [(one, two)] = two_processes(tmp_path, [*base_flags, *PUZZLE, *plan])
-    assert len(one["masks"]) == len(two["masks"]) == 2
-    assert not alike(one["masks"], two["masks"]) and not alike(one["partners"], two["partners"])
-    assert same(one["parameters"], two["parameters"])
+    plan = [*base_flags, "--batch-size", "4", "--grad-accum-steps", "2", "--experiment"]
+    runs = [[*plan, m, "--mixup", m, f"--{m}-clean-weight", "0.5"] for m in ("puzzle", "comixup")]
+    for one, two in two_processes(tmp_path, *runs):
+        assert len(one["masks"]) == len(two["masks"]) == 2
+        assert not alike(one["masks"], two["masks"]) and not alike(one["partners"], two["partners"])
+        assert same(one["parameters"], two["parameters"])
 
 
 def test_the_task_is_ours(train, steps):

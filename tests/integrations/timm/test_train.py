@@ -17,26 +17,11 @@ from dataopt.integrations.timm.task import PuzzleMixTask
 from dataopt.integrations.timm.train import main
 from timm.loss import BinaryCrossEntropy, PolyCrossEntropy, SoftTargetCrossEntropy
 
-from .conftest import alike, needs_script, same, two_processes, weights
+from .conftest import LIKE_TIMM, alike, needs_script, same, two_processes, weights
 
 PUZZLE = ("--mixup", "puzzle")
-LIKE_TIMM = Path(__file__).with_name("like_timm.py")
 
 Run = Callable[..., Path]
-
-
-@pytest.fixture
-def like_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the script that is like timm's; gives its output folder."""
-    monkeypatch.delenv("TIMM_TRAIN_SCRIPT", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags: object, out: str = "out") -> Path:
-        (tmp_path / out).mkdir(exist_ok=True)
-        main(["--train-script", str(LIKE_TIMM), "--output", str(tmp_path / out), *map(str, flags)])
-        return tmp_path / out
-
-    return run
 
 
 def refused(run: Run, capsys: pytest.CaptureFixture[str], *flags: object) -> str:
@@ -78,6 +63,8 @@ def test_args_yaml_keeps_the_users_values_and_can_be_given_back(like_timm, steps
     folder = like_timm(*PUZZLE, "--cutmix", 0.7, "--puzzle-beta", 0.9, "--mixup-off-epoch", 1)
     saved = yaml.safe_load((folder / "args.yaml").read_text())
     assert (saved["mixup"], saved["cutmix"], saved["puzzle_beta"]) == ("puzzle", 0.7, 0.9)
+    logged = yaml.safe_load((folder / "logged.yaml").read_text())  # what a logger gets
+    assert (logged["mixup_method"], logged["mixup_method_cutmix"]) == ("puzzle", 0.7)
     first = [None if s["mixed"] is None else s["mixed"].inputs for s in steps]
     assert [m is None for m in first] == [False, False, True, True]
     steps.clear()
@@ -153,7 +140,7 @@ def test_bad_values_stop_before_a_model_is_built(like_timm, capsys):
 
 
 def test_unknown_methods_name_those_there_are(like_timm, capsys, tmp_path):
-    assert "unknown method 'comixup'; available: puzzle" in refused(like_timm, capsys, "--mixup", "comixup")
+    assert "unknown method 'cutout'; available: puzzle, comixup" in refused(like_timm, capsys, "--mixup", "cutout")
     config = tmp_path / "run.yaml"
     config.write_text("mixup: mosaic\n")
     assert "unknown method 'mosaic'" in refused(like_timm, capsys, "-c", config)

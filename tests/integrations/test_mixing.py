@@ -1,0 +1,85 @@
+"""What both hosts share, and both hosts in two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dataopt.core.mixup import CoMixup, PuzzleMix
+from dataopt.integrations.mixing import Means, Mixing, check_soft_loss, log_picture, picture, source_shares
+
+from .hf.test_mixup import tiny_vit
+from .lightning.test_mixup import CLASSES, Net
+
+
+def batch(n: int = 8, shape: tuple = (3, 16, 16)) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(n) % CLASSES
+
+
+@pytest.mark.parametrize("mix", [PuzzleMix(CLASSES), CoMixup(CLASSES, partition=4)])
+def test_shares_make_the_targets_and_a_state_makes_the_same_batch(mix):
+    x, y = batch()
+    mixing, net = Mixing(mix, seed=3), Net()
+    mixing(net, x, y)
+    state = mixing.state_dict()
+    done = mixing(net, x, y)
+    torch.testing.assert_close(source_shares(done.mixed) @ F.one_hot(y, CLASSES).float(), done.targets)
+    again = Mixing(mix)
+    again.load_state_dict(state)
+    assert torch.equal(again(net, x, y).inputs, done.inputs)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_picture_shows_inputs_partners_and_mixed_ones():
+    x, y = batch(3)
+    mixed = Mixing(PuzzleMix(CLASSES))(Net(), x, y).mixed
+    shown = picture(x, mixed, count=2)
+    assert shown.shape == (3, 3 * 18 - 2, 2 * 18 - 2)
+    low, high = torch.cat([x[:2], x[mixed.partner[:2]], mixed.inputs[:2]]).aminmax()
+    torch.testing.assert_close(shown[:, 18:34, 18:34], (x[mixed.partner[1]] - low) / (high - low))
+    torch.testing.assert_close(shown[:, 36:52, :16], (mixed.inputs[0] - low) / (high - low))
+    assert not log_picture(object(), "a", shown, 0)
+
+    line, y = batch(6, (2, 32))
+    m = CoMixup(CLASSES)(line, y, torch.rand(6, 32))
+    assert picture(line, m).shape == (3, 2 * (2 + 2) - 2, 6 * (32 + 2) - 2)
+
+
+def test_means_are_of_the_batches_since_the_last_look():
+    means = Means()
+    means.add({"mixed": 0.0})
+    means.add({"mixed": 1.0, "largest_share": 0.6})
+    assert means.take() == {"mixed": 0.5, "largest_share": 0.6} and means.take() == {}
+
+
+def test_losses_are_tried():
+    check_soft_loss(F.cross_entropy, 3)
+    check_soft_loss(torch.nn.BCEWithLogitsLoss(), 3)
+    with pytest.raises(ValueError, match="loss_fn=multi_margin_loss does not take soft targets"):
+        check_soft_loss(F.multi_margin_loss, 3)
+    with pytest.raises(ValueError, match=r"loss of shape \(2,\)"):
+        check_soft_loss(torch.nn.CrossEntropyLoss(reduction="none"), 3)
+
+
+def test_other_methods_are_refused():
+    with pytest.raises(TypeError, match="mix is a str"):
+        Mixing("puzzle")
+
+
+def test_two_processes_end_with_the_same_parameters(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "tests.integrations.mixup_processes", tmp_path, str(port)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for host, start in (("hf", tiny_vit()), ("lightning", Net())):
+        for name in dict(start.named_parameters()):
+            assert torch.equal(first[host][name], second[host][name]), (host, name)
+        assert any(not torch.equal(first[host][name], value) for name, value in start.named_parameters())
