@@ -19,3 +19,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+# A parameter or attribute name, such as `inputs`, belongs to several classes.
+suppress_warnings = ["ref.python"]

