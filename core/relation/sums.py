@@ -84,6 +84,8 @@ def pair_sums(
     out = torch.zeros(LANES, 2, n + 1, dtype=torch.float64, device=device)
     total = sum(stop - start for lane in mine for start, stop, _ in blocks[lane::LANES])
 
+    # all are looked at before any is written, so that refused files stay alone
+    saved_blocks = {lane: store.load(lane, out[lane]) if store else 0 for lane in mine}
     stopped = threading.Event()
     shown = False if rank else progress  # one bar, of the first process
     with bar_of(total, shown) as bar:
@@ -95,7 +97,7 @@ def pair_sums(
 
         def work(lane: int) -> None:
             worker = _worker(pairs, labels, kernel, rows, columns)
-            done = store.load(lane, out[lane]) if store else 0
+            done = saved_blocks[lane]
             advance(sum(stop - start for start, stop, _ in blocks[lane::LANES][:done]))
             saved = time.monotonic()
             for count, (start, stop, last) in enumerate(blocks[lane::LANES][done:], done + 1):

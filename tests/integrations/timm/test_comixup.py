@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.state import AcceleratorState
 from dataopt.core.mixup import CoMixed, CoMixup, Mixed, PuzzleMix
 from dataopt.integrations.timm import CoMixupCollate, CoMixupFn, CoMixupTask, PuzzleCollate, PuzzleMixTask
 from timm.data.mixup import mixup_target
@@ -173,6 +174,7 @@ def test_collate_functions_refuse_the_other_method():
 
 
 def test_the_loop_honours_what_it_does_for_puzzle_mix(train, steps):
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's Trainer may have made one
     flags = ("--cutmix", 1.0, "--amp", "--amp-dtype", "bfloat16", "--grad-accum-steps", 2, "--model-ema", "--bce-loss")
     options = ("--comixup-grid", "2x4", "--comixup-partition", 5, "--comixup-tau", 0.5, "--comixup-threshold", "soft")
     folder = train(*COMIXUP, *flags, *options, "--epochs", 5, "--mixup-off-epoch", 4, "--channels-last")
