@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# With the released code's solver to measure against: make bench BENCH_EXTRAS=demo,hf,pygco
-BENCH_EXTRAS ?= demo,hf
+# With the released code's solver to measure against: make bench BENCH_EXTRAS=demo,hf,clean,pygco
+BENCH_EXTRAS ?= demo,hf,clean
 
 .PHONY: help demo test lint types docs bench clean
 .NOTPARALLEL:

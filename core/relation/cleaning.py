@@ -82,9 +82,10 @@ def find_issues(
     """Rank the labels by relation and loss together, and find outliers and near-duplicates beside them.
 
     Relation (whitened features, t = 2) finds labels that confident neighbours contradict, loss those that the model
-    itself doubts; the mean of their ranks was measured to be close to the better of both. As many labels are called
-    issues as the noisy set of the thesis' own graph holds (raw features, t = 4), a quarter of
-    the rows at most.
+    itself doubts; the mean of their ranks was at most .025 in average precision behind the loss on seven sets, and .198
+    ahead of it at best. As many labels are called issues as the noisy set of the thesis' own graph holds (raw features,
+    t = 4), a quarter of the rows at most. Few samples lie so far out that they are called outliers: sort by
+    ``outlier_score``.
 
     Args:
         features: (n, d). probs: (n, C). labels: (n,) class ids.
@@ -94,6 +95,8 @@ def find_issues(
     Raises:
         TypeError, ValueError: as :class:`RelationGraph`.
     """
+    from scipy.stats import rankdata  # slow to import
+
     features = as_features(features) if not hasattr(features, "filename") else features
     probs = as_probs(probs, rows=len(features))
     labels = as_labels(labels, len(features), probs.shape[1]).cpu()
@@ -105,8 +108,6 @@ def find_issues(
     raw = RelationGraph(features, probs, labels, resume=folder and folder / "raw", **shared)
     found = whitened.label_noise()
     losses = label_loss(probs, labels).double().cpu()
-    from scipy.stats import rankdata  # slow to import
-
     ranks = torch.from_numpy(rankdata(found.noisiness.numpy()) + rankdata(losses.numpy()))
     label_score = 1 - (ranks - 2) / (2 * (len(ranks) - 1))
     count = min(int(raw.label_noise().noisy.sum()), int(MOST * len(labels)))

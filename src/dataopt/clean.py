@@ -21,6 +21,7 @@ from . import clean_report
 from .core.artifacts import whole_file, write_whole
 from .core.relation import Issues, RelationGraph, find_issues, relation_map
 from .core.relation.pairs import unit
+from .devices import find_device
 from .integrations.hf import clean_dataset, hub
 from .integrations.hf.features import ModelOutputs, model_outputs
 from .integrations.hf.inputs import find_inputs
@@ -65,11 +66,11 @@ def main(
         "input_column": input_column, "label_column": label_column, "probs": probs, "head": head,
         "batch_size": batch_size, "partitions": partitions, "top": top,
     }  # fmt: skip
-    _claim(out, asked, resume)
+    place = find_device(device)
     source = find_source(dataset, split, config, revision)
     data = load_source(source)
     label_column = label_column or find_labels(data)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    _claim(out, asked, resume)  # only now: a name that is not there leaves no folder behind
 
     outputs = [
         _outputs(name, data, out / "work" / f"model-{number}", place,

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from . import kvzip_sweep
 from .core.artifacts import write_whole
+from .devices import find_device
 from .integrations.hf import KVzipCache, hub
 from .integrations.hf.kvzip import artifact
 from .integrations.hf.kvzip.context import Options
@@ -46,7 +47,7 @@ class Source:
             OSError: no such model.
             ModuleNotFoundError: smollm2 without its package.
         """
-        device = _device(self.device)
+        device = find_device(self.device)
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -61,17 +62,6 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
         moved: Any = model
         return moved.to(device), tokenizer
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device={name!r} cannot be used: {str(e).splitlines()[0]}") from e
-    return device
 
 
 def compress(
