@@ -74,7 +74,7 @@ def read_wav(file: Any, name: str) -> Sound:
             width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
             raw = np.frombuffer(f.readframes(f.getnframes()), dtype=np.uint8)
     except (wave.Error, EOFError, OSError) as e:
-        raise ValueError(f"the sound file {name} is no PCM WAV ({e}); pip install soundfile reads other formats") from e
+        raise ValueError(f"the sound file {name} cannot be read as PCM WAV ({e}); soundfile reads more formats") from e
     if width == 1:  # the only unsigned one
         samples = raw.astype(np.float32) / 128 - 1
     else:
