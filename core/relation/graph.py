@@ -17,7 +17,7 @@ from .checks import as_features, as_labels, as_probs, chunks, warn_of_zero_rows
 from .kernel import Kernel, power_
 from .outliers import check_subset, new_rows, outlier_scores, similarity_sums
 from .pairs import Pairs, Whitening, prepare, working
-from .sums import Sums, pair_sums, row_chunks
+from .sums import Sums, pair_sums
 
 _RELATIVE = 0.05  # of the largest score, the threshold where none is given
 _EDGES = 2**19  # computed together where single rows are asked for: a few MB
@@ -192,14 +192,21 @@ class RelationGraph:
 
     def class_sums(self, rows: Tensor, without: Tensor | None = None) -> Tensor:
         """(m, C) float64: sum of k(i, j) over the rows j of each label, j = i and the rows of ``without`` excepted."""
-        counted = torch.ones(len(self), 1, device=self.device)
+        counted = torch.ones(len(self), 1, device=self.device)  # 0 for rows without a say
         if without is not None:
             counted[self._place[without.to(self.device)]] = 0
-        classes = torch.nn.functional.one_hot(self._labels, self.classes) * counted
-        out = torch.zeros(len(rows), self.classes, dtype=torch.float64)
-        for at, k, columns in self._rows(rows):
-            out[at] = (k @ classes[columns].to(k)).double().cpu()
-        return out
+        places = self._place[rows.to(self.device)].sort()
+        sums = torch.zeros(len(rows), self.classes, dtype=torch.float64, device=self.device)
+        for which, index, k in self.pairs.tiles(places.values, self.kernel):
+            sums[which] += (k.T @ (self._one_hot(index, k) * counted[index].to(k))).double()
+        out = torch.empty_like(sums)
+        out[places.indices] = sums
+        return out.cpu()
+
+    def _one_hot(self, index: Tensor, like: Tensor) -> Tensor:
+        """(m, C) labels of rows of ``pairs``."""
+        out = torch.zeros(len(index), self.classes, dtype=like.dtype, device=like.device)
+        return out.scatter_(1, self._labels[index, None], 1)
 
     def suggest(self, rows: Tensor, without: Tensor | None = None) -> Tensor:
         """(m,) int64: the class whose samples are most alike to each row; its own label where none is."""
@@ -302,17 +309,10 @@ class RelationGraph:
         """Sum over the rows at ``places`` of w(i, j), for each row i in the order of ``pairs``."""
         out = torch.zeros(len(self), dtype=torch.float64, device=self.device)
         members = torch.from_numpy(places).to(self.device)
-        for start, stop in self.pairs.bounds:
-            for columns in members[(members >= start) & (members < stop)].split(512):
-                if not len(columns):
-                    continue
-                reached = self.pairs.reachable(columns, start, stop, self.kernel)
-                for at in row_chunks(reached, max(1, _EDGES // len(columns))):
-                    k = self.pairs.values(at, columns, self.kernel)
-                    index = torch.arange(at.start, at.stop, device=k.device) if isinstance(at, slice) else at
-                    k.masked_fill_(index[:, None] == columns, 0)
-                    same = self._labels[index, None] == self._labels[columns]
-                    out.index_add_(0, index, torch.where(same, -k, k).sum(1).double())
+        for which, index, k in self.pairs.tiles(members, self.kernel):
+            sums = k @ self._one_hot(members[which], k)
+            same = sums.gather(1, self._labels[index, None]).squeeze(1)
+            out.index_add_(0, index, (sums.sum(1) - 2 * same).double())
         return out.cpu().numpy()
 
     def _edges(self, places: np.ndarray) -> np.ndarray:

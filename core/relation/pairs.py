@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ from .kernel import Kernel
 
 _TINY = 1e-12  # smaller probabilities become denormal numbers under the power, and those are slow
 _SLACK = 1 - 1e-5  # rounding of the bound
+_FEW, _MANY = 128, 512  # members of a tile: fewer make slow products, more reach too many rows
+_ROWS = 1024  # of a tile with _MANY members; its float32 values stay in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,60 @@ class Pairs:
             return slice(int(rows[0]), int(rows[-1]) + 1)
         return rows
 
+    @functools.cached_property
+    def _class_ends(self) -> Tensor:
+        """Ends of the runs of rows of one part and predicted class."""
+        guess = torch.cat([self.probs[c].float().argmax(1) for c in chunks(len(self.probs), 65536)])
+        ends = torch.cat([guess.diff().nonzero().squeeze(1).cpu() + 1, torch.tensor([stop for _, stop in self.bounds])])
+        return ends.unique()
+
+    def tiles(self, members: Tensor, kernel: Kernel) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """All edges of some rows, a tile at a time.
+
+        Args:
+            members: (m,) rows in this order, sorted.
+            kernel: of the edges.
+
+        Yields:
+            Which members, (R,) rows, and (R, members of the tile) k with 0 at k(i, i). Rows without any edge are left
+            out; members of few predicted classes come together, since these reach the fewest rows.
+        """
+        starts = torch.tensor([start for start, _ in self.bounds])
+        stops = torch.tensor([stop for _, stop in self.bounds])
+        on_cpu = members.cpu()
+        borders = torch.searchsorted(on_cpu, self._class_ends).tolist()
+        part_borders = set(torch.searchsorted(on_cpu, stops).tolist())
+        done = 0
+        for border in borders:
+            if border == done or (border - done < _FEW and border not in part_borders):
+                continue
+            part = int(torch.searchsorted(stops, on_cpu[done], right=True))
+            for at in range(done, border, _MANY):
+                which = slice(at, min(at + _MANY, border))
+                columns = members[which]
+                reached = self.reachable(columns, int(starts[part]), int(stops[part]), kernel)
+                for rows in row_chunks(reached, _ROWS * _MANY // len(columns)):
+                    k = self.values(rows, columns, kernel)
+                    index = _numbers(rows, k.device)
+                    place = torch.searchsorted(index, columns).clamp(max=len(index) - 1)
+                    own = (index[place] == columns).nonzero().squeeze(1)
+                    k[place[own], own] = 0
+                    yield which, index, k
+            done = border
+
     def values(self, rows: slice | Tensor, columns: slice | Tensor, kernel: Kernel) -> Tensor:
         """(R, B) k of rows and columns of one part; the diagonal is not removed."""
         return kernel_values(self.features[rows], self.probs[rows], self.features[columns], self.probs[columns], kernel)
+
+
+def row_chunks(rows: Tensor | slice, size: int) -> list[Tensor | slice]:
+    if isinstance(rows, slice):
+        return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
+    return list(rows.split(size)) if len(rows) else []
+
+
+def _numbers(rows: Tensor | slice, device: torch.device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
 
 
 def kernel_values(

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from ..artifacts import whole_file
 from .kernel import Kernel
-from .pairs import Pairs, kernel_values, working
+from .pairs import Pairs, kernel_values, row_chunks, working
 
 LANES = 16
-COLUMNS, ROWS = 512, 512  # of a tile; its two float32 arrays stay in the cache of a core
+COLUMNS, ROWS = 512, 1024  # of a tile; its two float32 arrays stay in the cache of a core
 _SAVE_EVERY = 20.0  # seconds between two saves of a lane
 
 
@@ -228,12 +228,6 @@ def _from(rows: Tensor | slice, first: int) -> Tensor | slice:
     if isinstance(rows, slice):
         return slice(max(rows.start, first), max(rows.stop, first))
     return rows[int(torch.searchsorted(rows, first)) :]
-
-
-def row_chunks(rows: Tensor | slice, size: int) -> list[Tensor | slice]:
-    if isinstance(rows, slice):
-        return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
-    return list(rows.split(size)) if len(rows) else []
 
 
 def _fingerprint(pairs: Pairs, labels: Tensor, kernel: Kernel, columns: int, rows: int) -> str:
