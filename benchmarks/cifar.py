@@ -1,4 +1,4 @@
-"""CIFAR-10 and the small residual network that three benchmarks train or use.
+"""CIFAR-10 and the small residual network that several benchmarks train or use.
 
 The images are JPEG copies of CIFAR-10, not its original pixels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -38,9 +38,9 @@ METHODS = ("plain", "input mixup", "CutMix", "Puzzle Mix")
 
 @dataclass(frozen=True)
 class Scale:
-    """How many images and epochs; every test image if ``testing`` is None."""
+    """How many images and epochs; every image if ``training`` or ``testing`` is None."""
 
-    training: int = TRAINING
+    training: int | None = TRAINING
     testing: int | None = None
     epochs: int = EPOCHS
 
@@ -90,8 +90,9 @@ def load(folder: Path, scale: Scale) -> Data:
     """Training images, stratified and always the same, and the first test images."""
     check(folder)
     images, labels = _read(folder / "train.parquet")
-    rows, _ = train_test_split(range(len(labels)), train_size=scale.training, stratify=labels, random_state=0)
-    rows = sorted(rows)
+    rows = list(range(len(labels)))
+    if scale.training is not None:
+        rows = sorted(train_test_split(rows, train_size=scale.training, stratify=labels, random_state=0)[0])
     test_images, test_labels = _read(folder / "test.parquet")
     return Data(
         _decode([images[i] for i in rows]),
@@ -177,6 +178,41 @@ def mixer(method: str, model: nn.Module, seed: int) -> Callable[[Tensor, Tensor]
     return mix
 
 
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    epochs: int,
+    generator: torch.Generator,
+    rate: float = LEARNING_RATE,
+    decay: float = WEIGHT_DECAY,
+    milestones: Sequence[float] = (1 / 2, 3 / 4),
+) -> Iterator[tuple[float, float]]:
+    """SGD with momentum, whose rate falls tenfold at the milestones, shares of the epochs.
+
+    Args:
+        loss_of: of a batch, given as (B,) rows.
+        count: of the rows.
+        generator: of the batches.
+
+    Yields:
+        Mean loss and seconds of each epoch; what the caller does in between does not count.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay, nesterov=True)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(share * epochs) for share in milestones])
+    for _ in range(epochs):
+        model.train()
+        start, total = time.perf_counter(), 0.0
+        for rows in torch.randperm(count, generator=generator).split(BATCH):
+            loss = loss_of(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+        schedule.step()
+        yield total / count, time.perf_counter() - start
+
+
 def train(method: str, seed: int, epochs: int, data: Data, say: Callable[[str], None] | None = None) -> Trained:
     """SGD with momentum; the rate falls tenfold at a half and at three quarters of the epochs, as in the thesis.
 
@@ -187,24 +223,15 @@ def train(method: str, seed: int, epochs: int, data: Data, say: Callable[[str], 
     model = network()
     batches = torch.Generator().manual_seed(seed)
     mix = mixer(method, model, seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, 3 * epochs // 4])
+
+    def loss_of(rows: Tensor) -> Tensor:
+        x, target = mix(normalise(crop_and_flip(data.x[rows], batches)), data.y[rows])
+        return F.cross_entropy(model(x), target)
+
     out = Trained(model)
-    for epoch in range(epochs):
-        model.train()
-        start, total = time.perf_counter(), 0.0
-        for rows in torch.randperm(len(data.x), generator=batches).split(BATCH):
-            x, target = mix(normalise(crop_and_flip(data.x[rows], batches)), data.y[rows])
-            loss = F.cross_entropy(model(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(rows)
-        schedule.step()
-        out.seconds += time.perf_counter() - start
-        out.loss.append(total / len(data.x))
+    for epoch, (loss, seconds) in enumerate(fit(model, loss_of, len(data.x), epochs, batches)):
+        out.seconds += seconds
+        out.loss.append(loss)
         if epoch >= epochs - LAST:
             for accuracies, value in zip((out.top1, out.top5), evaluate(model, data), strict=True):
                 accuracies.append(value)

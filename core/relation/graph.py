@@ -154,7 +154,8 @@ class RelationGraph:
                 ``mode="released"`` a share of the largest score.
             update: ``"set"``, all nodes at once, the printed form; ``"single"``, one node after the other, which
                 always converges (Proposition 9) and does not look at ``max_iter``.
-            max_iter: corrections of the scores: 0 is the plain sum, None goes on until nothing changes.
+            max_iter: corrections of the scores: 0 is the plain sum, None goes on until nothing changes. The set of the
+                last correction is not compared with the one before it, which would take another pass.
             mode: ``"thesis"``, w(i, i) = 0; ``"released"``, the authors' code: the diagonal counts, and the threshold
                 is relative to the current scores.
 
