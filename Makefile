@@ -14,7 +14,7 @@ BENCH_EXTRAS ?= demo,hf,clean
 
 help:
 	@echo "make demo    train on handwritten digits with Puzzle Mix; ask a compressed text questions"
-	@echo "make test    run the whole suite"
+	@echo "make test    run the whole suite, a process for each core"
 	@echo "make lint    ruff"
 	@echo "make types   mypy on the installed wheel"
 	@echo "make docs    build the pages into docs/_build/html"
@@ -25,7 +25,7 @@ demo: $(VENV)/.extra-demo $(VENV)/.smollm2
 	$(BIN)/dataopt demo $(ARGS)
 
 test: $(VENV)/.extra-test $(VENV)/.smollm2
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .

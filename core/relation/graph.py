@@ -174,7 +174,15 @@ class RelationGraph:
         """
         noise.check(threshold, update, max_iter, mode)
         first = (self.sums.all - 2 * self.sums.same).cpu().numpy()
-        cut = noise.Cut(first, self._to_set, self._edges)
+        corrected: tuple[np.ndarray, Tensor] | None = None  # the last correction's set, and its class sums
+
+        def to_set(places: np.ndarray) -> np.ndarray:
+            nonlocal corrected
+            inside, class_sums = self._to_set(places)
+            corrected = places, class_sums
+            return inside
+
+        cut = noise.Cut(first, to_set, self._edges)
         if mode == "released":
             threshold = _RELATIVE if threshold is None else threshold
             assert max_iter is not None
@@ -188,7 +196,7 @@ class RelationGraph:
         noisy_rows = torch.from_numpy(noisy)[place]
         suggested = self.labels.clone()
         rows = noisy_rows.nonzero().squeeze(1)
-        suggested[rows] = self.suggest(rows, without=rows)
+        suggested[rows] = self._most_alike(rows, self._outside(rows, corrected))
         return noise.LabelNoise(torch.from_numpy(scores)[place], noisy_rows, suggested, self.labels, threshold)
 
     def class_sums(self, rows: Tensor, without: Tensor | None = None) -> Tensor:
@@ -211,9 +219,24 @@ class RelationGraph:
 
     def suggest(self, rows: Tensor, without: Tensor | None = None) -> Tensor:
         """(m,) int64: the class whose samples are most alike to each row; its own label where none is."""
-        sums = self.class_sums(rows, without)
-        best = sums.max(1)
+        return self._most_alike(rows, self.class_sums(rows, without))
+
+    def _most_alike(self, rows: Tensor, class_sums: Tensor) -> Tensor:
+        best = class_sums.max(1)
         return torch.where(best.values > 0, best.indices, self.labels[rows])
+
+    def _outside(self, rows: Tensor, corrected: tuple[np.ndarray, Tensor] | None) -> Tensor:
+        """(m, C) class sums of noisy rows without the noisy ones: known for those that the last correction held."""
+        if corrected is None:
+            return self.class_sums(rows, without=rows)
+        places, sums = corrected
+        held = self.pairs.order[torch.from_numpy(places).to(self.device)].cpu()
+        known = torch.full((len(self),), -1)
+        known[held] = torch.arange(len(held))
+        at = known[rows]
+        out = sums[at]
+        out[at < 0] = self.class_sums(rows[at < 0], without=held)
+        return out
 
     def relations(self, rows: int | Sequence[int] | Tensor, top: int = 20) -> Relations:
         """The strongest agreeing and conflicting neighbours: why a label was found, or was not.
@@ -306,15 +329,23 @@ class RelationGraph:
                 k[torch.arange(len(at), device=k.device), places[at] - start] = 0
                 yield at.cpu(), k, slice(start, stop)
 
-    def _to_set(self, places: np.ndarray) -> np.ndarray:
-        """Sum over the rows at ``places`` of w(i, j), for each row i in the order of ``pairs``."""
-        out = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+    def _to_set(self, places: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Two sums over edges of the rows M at ``places``, sorted, in one pass.
+
+        Returns:
+            Sum over j in M of w(i, j), for each row i in the order of ``pairs``, and (m, C) class sums of M without M.
+        """
         members = torch.from_numpy(places).to(self.device)
+        inside = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+        outside = torch.zeros(len(members), self.classes, dtype=torch.float64, device=self.device)
+        counted = torch.ones(len(self), 1, device=self.device)
+        counted[members] = 0
         for which, index, k in self.pairs.tiles(members, self.kernel):
             sums = k @ self._one_hot(members[which], k)
             same = sums.gather(1, self._labels[index, None]).squeeze(1)
-            out.index_add_(0, index, (sums.sum(1) - 2 * same).double())
-        return out.cpu().numpy()
+            inside.index_add_(0, index, (sums.sum(1) - 2 * same).double())
+            outside[which] += (k.T @ (self._one_hot(index, k) * counted[index].to(k))).double()
+        return inside.cpu().numpy(), outside.cpu()
 
     def _edges(self, places: np.ndarray) -> np.ndarray:
         """(m, n) float32 w of the rows at ``places``, in the order of ``pairs``."""

@@ -25,7 +25,8 @@ class LabelNoise:
     Attributes:
         noisiness: (n,) float64, s; high is bad, negative where a label agrees with its neighbours.
         noisy: (n,) bool, the set N.
-        suggested: (n,) int64: for rows of N the class of the strongest similarity among the other rows; else the label.
+        suggested: (n,) int64: for rows of N the class of the strongest similarity among the rows that the last
+            correction left out of N (without corrections, among those outside N); else the label.
         given: (n,) int64, the labels.
         threshold: lambda that was used; a share of the largest score with ``mode="released"``.
     """

@@ -16,6 +16,7 @@ from .kernel import Kernel
 
 _TINY = 1e-12  # smaller probabilities become denormal numbers under the power, and those are slow
 _SLACK = 1 - 1e-5  # rounding of the bound
+_SHRINK = 0.1  # of the whitening, for many rows
 _FEW, _MANY = 128, 512  # members of a tile: fewer make slow products, more reach too many rows
 _ROWS = 1024  # of a tile with _MANY members; its float32 values stay in the cache of a core
 
@@ -125,7 +126,9 @@ def kernel_values(
 
 @dataclass(frozen=True)
 class Whitening:
-    """x = (f - mean) V / sqrt(eig + shrink mean(eig)): no direction of the feature space counts more than another.
+    """x = (f - mean) V / sqrt(eig + s mean(eig)): no direction of the feature space counts more than another.
+
+    s is 0.1 + d / n: with few rows the small eigenvalues are mostly chance, and dividing by them would amplify noise.
 
     Attributes:
         mean: (d,) float64.
@@ -136,7 +139,7 @@ class Whitening:
     matrix: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, shrink: float = 0.1) -> Whitening:
+    def of(cls, features: Tensor) -> Whitening:
         """From all rows, no labels; in one pass that holds a few thousand rows at a time."""
         n, d = features.shape
         total = torch.zeros(d, dtype=torch.float64)
@@ -149,7 +152,7 @@ class Whitening:
             covariance += (x.T @ x).double()
         values, vectors = torch.linalg.eigh(covariance / n)
         values = values.clamp(min=0)
-        scale = values + shrink * values.mean()
+        scale = values + (_SHRINK + d / n) * values.mean()
         return cls(mean, vectors / scale.clamp(min=torch.finfo(torch.float32).tiny).sqrt())
 
     def __call__(self, features: Tensor) -> Tensor:

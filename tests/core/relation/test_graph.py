@@ -101,12 +101,34 @@ def test_a_row_of_many_chunks(monkeypatch, made):
     """Rows asked for in small pieces are the same rows."""
     *_, graph = made
     rows = torch.arange(120).flip(0)
-    whole, sums, to_set = graph.relations(rows), graph.class_sums(rows), graph._to_set(np.arange(0, 120, 3))
+    some = np.arange(0, 120, 3)
+    whole, sums, (to_set, outside) = graph.relations(rows), graph.class_sums(rows), graph._to_set(some)
     monkeypatch.setattr("dataopt.core.relation.graph._EDGES", 250)
+    for name, size in (("_FEW", 1), ("_MANY", 3), ("_ROWS", 7)):
+        monkeypatch.setattr(f"dataopt.core.relation.pairs.{name}", size)
     pieces = graph.relations(rows)
     assert torch.equal(whole.agreeing, pieces.agreeing) and torch.equal(whole.conflicting, pieces.conflicting)
     torch.testing.assert_close(sums, graph.class_sums(rows), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(to_set, graph._to_set(np.arange(0, 120, 3)), atol=1e-12)
+    pieces_to_set, pieces_outside = graph._to_set(some)
+    np.testing.assert_allclose(to_set, pieces_to_set, atol=1e-12)
+    torch.testing.assert_close(outside, pieces_outside, rtol=0, atol=1e-12)
+    members = graph.pairs.order[torch.from_numpy(some)]
+    torch.testing.assert_close(outside, graph.class_sums(members, without=members), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_iter", [0, 1, None])
+def test_suggestions_come_from_the_rows_outside_the_corrected_set(max_iter):
+    """Rows that the last correction added to N, or took from it, get the suggestion that class_sums gives."""
+    f, p, y = problem(n=150, seed=10)
+    graph = RelationGraph(f, p, y, dtype=torch.float64)
+    first = graph.label_noise(threshold=0.2, max_iter=0)
+    found = graph.label_noise(threshold=0.2, max_iter=max_iter)
+    before = first if max_iter is not None else found
+    rows, without = (x.noisy.nonzero().squeeze(1) for x in (found, before))
+    assert len(rows) and (max_iter != 1 or not torch.equal(rows, without))
+    assert torch.equal(found.suggested[rows], graph.suggest(rows, without=without))
+    kept = ~found.noisy
+    assert torch.equal(found.suggested[kept], y[kept])
 
 
 def test_parts_are_graphs_of_their_own():
@@ -180,7 +202,7 @@ def test_whitened_features_are_white():
     x = f.double() * torch.logspace(0, 2, 16).double()
     centred = x - x.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / 500)
-    white = centred @ vectors / (values + 0.1 * values.mean()).sqrt()
+    white = centred @ vectors / (values + (0.1 + 16 / 500) * values.mean()).sqrt()
     w = edges(kernel_matrix(white, p, t=2), y)
     s = graph.label_noise(max_iter=0).noisiness
     torch.testing.assert_close(s, w.sum(1), rtol=0, atol=1e-4 * float(s.abs().max()))
