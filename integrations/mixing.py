@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from dataopt.core.mixup import CoMixed, CoMixup, CutMix, Mixed, PuzzleMix, clean_loss, input_gradient, saliency
+from dataopt.core.extras import optional
+from dataopt.core.mixup import CoMixed, CoMixup, CutMix, Mixed, PuzzleMix, augmix, clean_loss, input_gradient, saliency
+from dataopt.core.mixup.adversarial import normalise, unnormalise
 from dataopt.core.mixup.mixed import one_hot
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 SoftLoss = Callable[[Tensor, Tensor], Tensor]
 _GAP = 2  # white pixels between the pictures
@@ -64,11 +67,16 @@ class Mixing:
         clean_weight: weight of the loss on the unmixed batch (thesis 3.5), from the pass that gives the saliency,
             which then runs in training mode.
         saliency_resolution: below 1, the saliency comes from downsized inputs.
+        augment: ``"augmix"``: what is mixed are AugMix images of the batch (thesis 3.6.2), so is what the saliency and
+            the clean loss see; a batch that is not mixed stays as it is. For images of 1 or 3 channels, by torchvision,
+            on the CPU.
+        mean, std: per channel, how images are normalised, for ``augment``; a PuzzleMix that has its own needs none.
         seed: not negative.
 
     Raises:
         TypeError: ``mix`` is neither a PuzzleMix nor a CoMixup.
         ValueError: an argument outside its range, or two that do not go together.
+        ModuleNotFoundError: ``augment`` without torchvision.
     """
 
     def __init__(
@@ -81,6 +89,9 @@ class Mixing:
         off_epoch: int = 0,
         clean_weight: float = 0.0,
         saliency_resolution: float = 1.0,
+        augment: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         seed: int = 0,
     ):
         if not isinstance(mix, PuzzleMix | CoMixup):
@@ -91,7 +102,7 @@ class Mixing:
         amounts = dict(cutmix_alpha=cutmix_alpha, off_epoch=off_epoch, clean_weight=clean_weight, seed=seed)
         for name, value in amounts.items():
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be finite and not negative")
+                raise ValueError(f"{name}={value} must not be negative or infinite")
         if not 0 < saliency_resolution <= 1:
             raise ValueError(f"saliency_resolution={saliency_resolution} must lie in (0, 1]; 0.5 halves each side")
         if clean_weight > 0 and saliency_resolution < 1:
@@ -99,6 +110,14 @@ class Mixing:
                 f"saliency_resolution={saliency_resolution} with clean_weight={clean_weight}: the clean loss needs the "
                 "full inputs, so leave saliency_resolution at 1"
             )
+        if augment not in (None, "augmix"):
+            raise ValueError(f"augment={augment!r} is unknown; choose 'augmix' or None")
+        if augment is not None:
+            optional("torchvision.transforms.v2", "eval")  # now, not at the first batch
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean={mean} and std={std} go together; give both or neither")
+        if isinstance(mix, PuzzleMix) and mix.mean is not None:
+            mean, std = mix.mean, mix.std
         self.mix = mix
         self.cutmix = CutMix(mix.num_classes, cutmix_alpha) if cutmix_alpha > 0 else None
         self.prob = prob
@@ -106,8 +125,12 @@ class Mixing:
         self.off_epoch = off_epoch
         self.clean_weight = clean_weight
         self.saliency_resolution = saliency_resolution
+        self.augment = augment
+        self.mean = mean
+        self.std = std
         self.seed = seed
         self.step = 0  # batches decided on, over the whole run
+        self.soft_loss: SoftLoss = F.cross_entropy  # of (B, K) labels, whose gradient is the saliency
 
     def __call__(self, forward: nn.Module, x: Tensor, y: Tensor, epoch: int = 0) -> MixedBatch:
         """One batch.
@@ -121,43 +144,91 @@ class Mixing:
         Raises:
             ValueError: what :class:`PuzzleMix` and :class:`CoMixup` raise.
         """
-        labels = one_hot(y, self.mix.num_classes, len(x)).to(x.device)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        # whether to mix is the same on all ranks, so that none waits for another's saliency
+        labels = self.labels(x, y)
+        chosen, switch, rng = self.decide()
+        if not chosen or len(x) == 1 or not self.active(epoch):
+            return MixedBatch(x, labels)
+        return self.make(forward, x, y, labels, switch, seeded(rng))
+
+    def active(self, epoch: int) -> bool:
+        """Whether ``off_epoch`` lets batches of this epoch be mixed."""
+        return not self.off_epoch or epoch < self.off_epoch
+
+    def labels(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, K) float32 labels, checked before the model sees anything, as is what ``augment`` takes.
+
+        Raises:
+            ValueError: labels out of range, or inputs that ``augment`` does not take.
+        """
+        if self.augment is not None and (x.ndim != 4 or x.shape[1] not in (1, 3)):
+            raise ValueError(
+                f"augment={self.augment!r} is for images (B, 1, H, W) or (B, 3, H, W), and the inputs have shape "
+                f"{tuple(x.shape)}; leave augment out"
+            )
+        return one_hot(y, self.mix.num_classes, len(x)).to(x.device)
+
+    def decide(self) -> tuple[bool, bool, np.random.Generator]:
+        """Go one step on: whether to mix the batch, whether by CutMix, and what draws the rest on this rank.
+
+        The first two are the same on all ranks: none waits for another's saliency, and passes that synchronise (the
+        clean loss with SyncBN) meet.
+        """
+        started = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if started else 0
         shared = np.random.default_rng([self.seed, self.step])
         chosen = bool(shared.random() < self.prob)
-        switch = bool(shared.random() < self.switch_prob)
-        generator = batch_generator(self.seed, self.step, rank)
+        switch = bool(shared.random() < self.switch_prob) and self.cutmix is not None
+        rng = _rank_rng(self.seed, self.step, rank)
         self.step += 1
-        if not chosen or len(x) == 1 or (self.off_epoch and epoch >= self.off_epoch):
-            return MixedBatch(x, labels)
+        return chosen, switch, rng
 
+    def make(
+        self,
+        forward: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        labels: Tensor,
+        switch: bool,
+        generator: torch.Generator,
+        **given: Any,
+    ) -> MixedBatch:
+        """Mix a batch that was decided on; ``given`` are draws that the method is not to make itself."""
         start = time.perf_counter()
+        x = x.detach()
+        if self.augment is not None:
+            x = self._augmented(x, generator)
         mixed: Mixed | CoMixed
         clean = None
         if self.cutmix is not None and switch:
-            method, mixed = "cutmix", self.cutmix(x.detach(), labels, generator=generator)
+            method, mixed = "cutmix", self.cutmix(x, labels, generator=generator)
         else:
             method = "puzzle" if isinstance(self.mix, PuzzleMix) else "comixup"
-            mixed, clean = self._mix(forward, x.detach(), y, labels, generator)
+            mixed, clean = self._salient(forward, x, y, labels, generator, given)
         return MixedBatch(mixed.inputs, mixed.targets, method, mixed, clean, time.perf_counter() - start)
 
-    def _mix(
-        self, forward: nn.Module, x: Tensor, y: Tensor, labels: Tensor, generator: torch.Generator
+    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        pixels = unnormalise(x.float(), self.mean, self.std)
+        if self.mean is not None:
+            pixels = pixels.clamp(0, 1)  # random erasing may leave the range a little
+        images = normalise(augmix(pixels, generator), self.mean, self.std)
+        return torch.empty_like(x).copy_(images)  # its dtype and memory format
+
+    def _salient(
+        self, forward: nn.Module, x: Tensor, y: Tensor, labels: Tensor, generator: torch.Generator, given: dict
     ) -> tuple[Mixed | CoMixed, Tensor | None]:
         adversarial = self.mix.adversarial if isinstance(self.mix, PuzzleMix) else None
         seen, noise = adversarial.start(x, generator) if adversarial is not None else (x, None)
-        target = y if y.is_floating_point() else y.long()
+        target, loss_fn = (y.long(), F.cross_entropy) if y.ndim == 1 else (labels, self.soft_loss)
         clean = None
         if self.clean_weight > 0:
-            clean, gradient = clean_loss(forward, seen, target)
+            clean, gradient = clean_loss(forward, seen, target, loss_fn)
         else:
-            gradient = input_gradient(forward, seen, target, resolution=self.saliency_resolution)
+            gradient = input_gradient(forward, seen, target, loss_fn, self.saliency_resolution)
         s = saliency(gradient)
         with torch.autocast(x.device.type, enabled=False):  # the forward's precision; targets stay float32
             if isinstance(self.mix, CoMixup):
                 return self.mix(x, labels, s, generator), clean
-            return self.mix(x, labels, s, noise, None if noise is None else gradient, generator), clean
+            return self.mix(x, labels, s, noise, None if noise is None else gradient, generator, **given), clean
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs to go on with the same draws."""
@@ -169,8 +240,16 @@ class Mixing:
 
 def batch_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """The CPU generator of all draws of one batch on one rank, but whether to mix it."""
-    drawn = np.random.default_rng([seed, step, 1 + rank]).integers(2**62)
-    return torch.Generator().manual_seed(int(drawn))
+    return seeded(_rank_rng(seed, step, rank))
+
+
+def _rank_rng(seed: int, step: int, rank: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, 1 + rank])
+
+
+def seeded(rng: np.random.Generator) -> torch.Generator:
+    """A CPU generator whose seed is the next draw of ``rng``."""
+    return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
 def source_shares(mixed: Mixed | CoMixed) -> Tensor:
@@ -181,8 +260,27 @@ def source_shares(mixed: Mixed | CoMixed) -> Tensor:
     return torch.diag(share).scatter_add_(1, mixed.partner.unsqueeze(1), (1 - share).unsqueeze(1))
 
 
-def check_soft_loss(loss_fn: SoftLoss, num_classes: int) -> None:
+def weights_error(found: str) -> ValueError:
+    """What to raise where samples have weights; ``found`` says where."""
+    return ValueError(
+        f"{found}: a mixed input is of several samples, and the weight of one does not fit it. Find and drop wrong "
+        "labels in a training of its own, by LabelCleaningCallback or clean_dataset, and mix the rows that are left"
+    )
+
+
+def check_soft_loss(
+    loss_fn: SoftLoss,
+    num_classes: int,
+    argument: str = "loss_fn",
+    remedy: str = "torch.nn.functional.cross_entropy does",
+) -> None:
     """Raise unless ``loss_fn(logits, targets)`` takes soft (B, K) targets and averages, by trying it.
+
+    Args:
+        loss_fn: the loss.
+        num_classes: K.
+        argument: what the caller calls the loss.
+        remedy: what to use instead, for the message.
 
     Raises:
         ValueError: it does not.
@@ -194,11 +292,10 @@ def check_soft_loss(loss_fn: SoftLoss, num_classes: int) -> None:
         loss = loss_fn(logits, torch.full_like(logits, 1 / num_classes))
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as e:
         raise ValueError(
-            f"loss_fn={name} does not take soft targets of shape (B, {num_classes}) ({e}); "
-            "torch.nn.functional.cross_entropy does"
+            f"{argument}={name} does not take soft targets of shape (B, {num_classes}) ({e}); {remedy}"
         ) from e
     if loss.ndim:
-        raise ValueError(f"loss_fn={name} gives a loss of shape {tuple(loss.shape)}; it must average over the batch")
+        raise ValueError(f"{argument}={name} gives a loss of shape {tuple(loss.shape)}; it must average over the batch")
 
 
 @dataclass

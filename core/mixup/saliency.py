@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ def input_gradient(
         sample's gradient does not depend on the batch size.
 
     Raises:
-        ValueError: ``x`` is no floating batch of one of these shapes, holds non-finite values, or
-            ``resolution`` is outside (0, 1].
+        ValueError: ``x`` is no floating batch of one of these shapes, holds non-finite values, has
+            no part in the loss, or ``resolution`` is outside (0, 1].
 
     References:
         Thesis section 3.4; Simonyan et al., "Deep inside convolutional networks", 2014.
@@ -59,7 +60,7 @@ def input_gradient(
     with torch.enable_grad(), _untouched(forward, x.device):
         small = small.detach().requires_grad_()
         loss = _loss(forward, small, y, loss_fn) * len(x)
-        g = _scaled_grad(loss, [small])[0].float()
+        g = _scaled_grad(loss, small)[0].float()
     if g.shape != x.shape:
         g = F.interpolate(g, size=x.shape[2:], mode="nearest")
     return g
@@ -72,7 +73,8 @@ def clean_loss(forward: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss = F.cross
     runs in the mode it is in (training mode updates batch-norm statistics). The graph is freed
     before this returns, so two graphs never live at once, and the loss can be added to one that
     was computed through ``DistributedDataParallel``: its gradients arrive at the parameters in the
-    same backward pass and are reduced with the others.
+    same backward pass and are reduced with the others. A parameter without a part in the loss gets
+    no gradient from it.
 
     Args:
         forward: the bare module.
@@ -83,14 +85,18 @@ def clean_loss(forward: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss = F.cross
     Returns:
         (loss, gradient): a scalar whose backward adds d loss / d parameter, and the gradient as
         :func:`input_gradient` gives it.
+
+    Raises:
+        ValueError: as :func:`input_gradient`.
     """
     check_batch(x)
     parameters = [p for p in forward.parameters() if p.requires_grad]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         loss = _loss(forward, x, y, loss_fn)
-        g, *parameter_grads = _scaled_grad(loss, [x, *parameters])
-    return _KnownGradient.apply(loss.detach(), parameter_grads, *parameters), g.float() * len(x)
+        g, *grads = _scaled_grad(loss, x, parameters)
+    used = {p: grad for p, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return _KnownGradient.apply(loss.detach(), list(used.values()), *used), g.float() * len(x)
 
 
 def saliency(gradient: Tensor) -> Tensor:
@@ -158,21 +164,24 @@ def _loss(forward: Forward, x: Tensor, y: Tensor, loss_fn: Loss) -> Tensor:
         return loss_fn(logits.float(), y)
 
 
-def _scaled_grad(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """``torch.autograd.grad`` with the loss scaled where float16 takes part."""
-    device = inputs[0].device.type
-    half = inputs[0].dtype == torch.float16 or (
+def _scaled_grad(loss: Tensor, x: Tensor, parameters: Sequence[Tensor] = ()) -> list[Any]:
+    """``torch.autograd.grad`` with the loss scaled where float16 takes part; None for a parameter without a part."""
+    device, inputs = x.device.type, [x, *parameters]
+    lost = ValueError("x has no part in the loss; forward must compute its logits from x, with gradients on")
+    if not loss.requires_grad:
+        raise lost
+    half = x.dtype == torch.float16 or (
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     )
-    if not half:
-        return list(torch.autograd.grad(loss, inputs))
-    for scale in _HALF_SCALES:
-        last = scale == _HALF_SCALES[-1]
-        grads = torch.autograd.grad(loss * scale, inputs, retain_graph=not last)
-        if last or all(torch.isfinite(g).all() for g in grads):
+    for scale in _HALF_SCALES if half else (1.0,):
+        last = scale == 1
+        grads = torch.autograd.grad(loss * scale, inputs, retain_graph=not last, allow_unused=True)
+        if last or all(torch.isfinite(g).all() for g in grads if g is not None):
             break
+    if grads[0] is None:
+        raise lost
     # float32, or the division would bring the underflow back
-    return [g.float() / scale for g in grads]
+    return [g.float() / scale if half and g is not None else g for g in grads]
 
 
 @contextmanager

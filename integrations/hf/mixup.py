@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..heads import logits_of
-from ..mixing import Means, MixedBatch, Mixing, check_soft_loss, log_picture, picture
+from ..label_cleaning import LabelCleaner
+from ..mixing import Means, MixedBatch, Mixing, check_soft_loss, log_picture, picture, weights_error
 from ..snapshots import undisturbed
 from .mixup_inputs import (
     TEXT,
@@ -52,12 +53,14 @@ class MixupTrainerMixin(_Base):
             ``input_key``, what is mixed; the model's ``main_input_name`` otherwise.
             ``loss_fn``, (logits, targets (B, K)) to a mean; cross-entropy otherwise.
             ``log_every``, steps between pictures of mixed examples for TensorBoard; 500, 0 never.
-        *args, **kwargs: of the ``Trainer``.
+        *args: of the ``Trainer``.
+        **kwargs: of the ``Trainer``.
 
     Raises:
         ValueError: a setting that is unknown or out of range, a model that is no single-label classifier, FSDP,
-            DeepSpeed's ZeRO-3, ``compute_loss_func``, a loss that cannot take soft targets; at the first batch, a
-            missing input, or text for a model that cannot start from embeddings.
+            DeepSpeed's ZeRO-3, ``compute_loss_func``, a loss that cannot take soft targets; at the start of training,
+            label cleaning that weighs samples; at the first batch, a missing input, or text for a model that cannot
+            start from embeddings.
     """
 
     loss_is_scaled_for_ga = False  # a mean over the batch, which the Trainer divides by the steps of accumulation
@@ -142,6 +145,9 @@ class MixupTrainerMixin(_Base):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer does; a resumed run goes on with the draws of mixing that it would have made."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LabelCleaner) and callback.action in ("drop", "reweight"):
+                raise weights_error(f"{type(callback).__name__} has action={callback.action!r}")
         found: Any = resume_from_checkpoint
         if found is True:
             found = get_last_checkpoint(str(self.args.output_dir))
@@ -262,7 +268,11 @@ def build_mixing(
     core, own = (list(inspect.signature(made).parameters)[1:] for made in (method, Mixing))
     unknown = sorted(set(settings) - set(core) - set(own))
     if unknown:
-        raise ValueError(f"mixup has the unknown settings {unknown}; there are {core + own}")
+        raise ValueError(f"mixup has the unknown settings {unknown}; there are {[*dict.fromkeys(core + own)]}")
+    if settings.get("augment") is not None and input_key != "pixel_values":
+        raise ValueError(
+            f"augment={settings['augment']!r} is for images, and the model reads {input_key}; leave it out"
+        )
     if method is PuzzleMix and input_key != "pixel_values":
         settings = {"gamma": 0.0, **settings}
     if input_key == TEXT:

@@ -11,10 +11,12 @@ import torch
 from dataopt.core.mixup import Adversarial, CoMixup, PuzzleMix
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from ..mixing import MixedBatch, Mixing, log_picture, picture
+from ..cleanable import WEIGHT, CleanableDataset
+from ..mixing import MixedBatch, Mixing, log_picture, picture, weights_error
 
 _HOOK = "on_after_batch_transfer"
 
@@ -34,8 +36,9 @@ class MixupCallback(Callback):
             that many mixed batches; 0 never.
 
     Raises:
-        ValueError, TypeError: at the start of training, a module, a strategy or batches that this cannot work with; at
-            the first batch, a ``training_step`` that cannot take soft targets.
+        ValueError, TypeError: at the start of training, a module, a strategy or data that this cannot work with, such
+            as :class:`CleanableDataset` with its weights of samples; at the first batch, a ``training_step`` that
+            cannot take soft targets.
     """
 
     def __init__(self, mixing: Mixing, input_key: int | str, target_key: int | str, log_every: int):
@@ -66,6 +69,9 @@ class MixupCallback(Callback):
                 f"clean_weight={self.mixing.clean_weight} needs automatic optimization, and {name} has turned it off; "
                 "set clean_weight=0"
             )
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:
+            if _is_cleanable(getattr(loader, "dataset", None)):
+                raise weights_error("the training data is a CleanableDataset")
         datamodule = getattr(trainer, "datamodule", None)
         owner = datamodule if datamodule is not None and is_overridden(_HOOK, datamodule) else pl_module
         self._wrap(owner, _HOOK, functools.partial(self._after_transfer, trainer, pl_module))
@@ -126,6 +132,8 @@ class MixupCallback(Callback):
         batch = inner(batch, dataloader_idx)
         if not trainer.training:
             return batch
+        if isinstance(batch, Mapping) and WEIGHT in batch:
+            raise weights_error(f"the batch holds {WEIGHT!r}")
         x, y = (_entry(batch, key) for key in (self.input_key, self.target_key))
         with trainer.precision_plugin.forward_context():
             done = self.mixing(pl_module, x, y, trainer.current_epoch)
@@ -165,11 +173,8 @@ class PuzzleMixCallback(MixupCallback):
 
         Trainer(callbacks=[PuzzleMixCallback(num_classes=10, mean=MEAN, std=STD)]).fit(module, loader)
 
-    Args:
-        num_classes, alpha, beta, gamma, eta, labels, grids, neigh_size, data_term, transport, transport_cost,
-            transport_patch, adversarial, solver, mean, std: see :class:`PuzzleMix`.
-        prob, cutmix_alpha, switch_prob, off_epoch, clean_weight, saliency_resolution, seed: see :class:`Mixing`.
-        input_key, target_key, log_every: see :class:`MixupCallback`.
+    Arguments up to ``std`` are those of :class:`PuzzleMix`, those from ``prob`` to ``seed`` of :class:`Mixing`, and the
+    others of :class:`MixupCallback`.
 
     Raises:
         ValueError: an argument outside its range; at the start of training FSDP, model parallelism, DeepSpeed's ZeRO-3,
@@ -200,6 +205,7 @@ class PuzzleMixCallback(MixupCallback):
         off_epoch: int = 0,
         clean_weight: float = 0.0,
         saliency_resolution: float = 1.0,
+        augment: str | None = None,
         seed: int = 0,
         input_key: int | str = 0,
         target_key: int | str = 1,
@@ -217,6 +223,7 @@ class PuzzleMixCallback(MixupCallback):
             off_epoch=off_epoch,
             clean_weight=clean_weight,
             saliency_resolution=saliency_resolution,
+            augment=augment,
             seed=seed,
         )
         super().__init__(mixing, input_key, target_key, log_every)
@@ -227,11 +234,8 @@ class CoMixupCallback(MixupCallback):
 
     Used as :class:`PuzzleMixCallback`.
 
-    Args:
-        num_classes, alpha, beta, gamma, eta, tau, omega, grid, partition, outputs, n_iter, restarts, threshold: see
-            :class:`CoMixup`. With ``outputs`` other entries of a batch no longer fit the mixed inputs.
-        prob, cutmix_alpha, switch_prob, off_epoch, clean_weight, saliency_resolution, seed: see :class:`Mixing`.
-        input_key, target_key, log_every: see :class:`MixupCallback`.
+    Arguments up to ``threshold`` are those of :class:`CoMixup`. With ``outputs`` other entries of a batch no longer fit
+    the mixed inputs.
 
     Raises:
         ValueError: as :class:`PuzzleMixCallback`.
@@ -258,6 +262,9 @@ class CoMixupCallback(MixupCallback):
         off_epoch: int = 0,
         clean_weight: float = 0.0,
         saliency_resolution: float = 1.0,
+        augment: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         seed: int = 0,
         input_key: int | str = 0,
         target_key: int | str = 1,
@@ -274,6 +281,9 @@ class CoMixupCallback(MixupCallback):
             off_epoch=off_epoch,
             clean_weight=clean_weight,
             saliency_resolution=saliency_resolution,
+            augment=augment,
+            mean=mean,
+            std=std,
             seed=seed,
         )
         super().__init__(mixing, input_key, target_key, log_every)
@@ -292,6 +302,12 @@ def check_strategy(strategy: Strategy) -> None:
             f"strategy={name} splits the module over processes, and the saliency needs it whole; train with ddp"
             + (" or ZeRO-2" if zero_3 else "")
         )
+
+
+def _is_cleanable(dataset: Any) -> bool:
+    while dataset is not None and not isinstance(dataset, CleanableDataset):
+        dataset = getattr(dataset, "dataset", None)  # of a Subset
+    return dataset is not None
 
 
 def _entry(batch: Any, key: int | str) -> Tensor:

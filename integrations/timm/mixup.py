@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from dataopt.core.mixup import CoMixed, CoMixup, CutMix, Mixed, PuzzleMix, clean_loss, input_gradient, saliency
-from dataopt.core.mixup.mixed import one_hot
+from dataopt.core.mixup import CoMixup, PuzzleMix
 from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..mixing import MixedBatch, Mixing, seeded
 
 MODES = ("batch", "elem")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What to train on.
+class BatchMixer(Mixing):
+    """:class:`Mixing` as timm's mixup options say: each element by itself, label smoothing, and multi-hot labels.
 
-    Attributes:
-        inputs: like the loader's.
-        targets: (B, K) float32, mixed and smoothed.
-        mixed: the plan, or None where the batch was left alone.
-        clean_loss: scalar to be added to the loss with its weight, or None.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    mixed: Mixed | CoMixed | None = None
-    clean_loss: Tensor | None = None
-
-
-class BatchMixer:
-    """Decides per batch between mixing, CutMix and nothing, as timm's mixup options say, and does it.
-
-    Every draw follows from (``seed``, ``step``, rank), so a run that is resumed with its ``step``
-    goes on with the draws it would have made. Nothing is exchanged between ranks: they decide alike
-    whether to mix, and their masks differ.
+    A batch of one is left to ``mix``: Puzzle Mix refuses it.
 
     Args:
         mix: how to mix; a PuzzleMix has the loader's ``mean`` and ``std``.
-        prob: probability of mixing, per batch or per element.
-        cutmix_alpha: above 0, CutMix takes the place of ``mix`` with probability ``switch_prob``.
-        switch_prob: see ``cutmix_alpha``.
         mode: ``"batch"`` draws one expected share and one decision for all, ``"elem"`` one each. Co-Mixup mixes whole
             batches, so it has ``"batch"`` only.
         smoothing: label smoothing, by timm's rule: off = smoothing / K, on = 1 - smoothing + off.
         multi_label: accept (B, K) multi-hot targets. Their saliency is that of the binary
             cross-entropy, and smoothing moves each label towards 0.5.
-        clean_weight: weight of the loss on the unmixed batch (thesis 3.5), from the pass that gives
-            the saliency, which then runs in training mode.
-        saliency_resolution: below 1, the saliency comes from downsized inputs.
-        seed: not negative.
+        **settings: of :class:`Mixing`.
 
     Raises:
         ValueError: an argument outside its range, or two that do not go together.
@@ -64,30 +41,14 @@ class BatchMixer:
         self,
         mix: PuzzleMix | CoMixup,
         *,
-        prob: float = 1.0,
-        cutmix_alpha: float = 0.0,
-        switch_prob: float = 0.5,
         mode: str = "batch",
         smoothing: float = 0.0,
         multi_label: bool = False,
-        clean_weight: float = 0.0,
-        saliency_resolution: float = 1.0,
-        seed: int = 0,
+        **settings: Any,
     ):
-        if not isinstance(mix, PuzzleMix | CoMixup):
-            raise TypeError(
-                f"mix is {type(mix).__name__}; give PuzzleMix or CoMixup(num_classes, ...) of dataopt.core.mixup"
-            )
-        for name, value in (("prob", prob), ("switch_prob", switch_prob)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} is a probability; give a value in [0, 1]")
-        for name, value in (("cutmix_alpha", cutmix_alpha), ("clean_weight", clean_weight), ("seed", seed)):
-            if value < 0:
-                raise ValueError(f"{name}={value} must not be negative")
+        super().__init__(mix, **settings)
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing} must lie in [0, 1); timm's default is 0.1")
-        if not 0 < saliency_resolution <= 1:
-            raise ValueError(f"saliency_resolution={saliency_resolution} must lie in (0, 1]; 0.5 halves each side")
         if mode == "pair":
             raise ValueError("mode='pair' mixes two inputs with each other; choose 'batch', or with Puzzle Mix 'elem'")
         if mode not in MODES:
@@ -96,34 +57,25 @@ class BatchMixer:
             raise ValueError(
                 "mode='elem' decides for each input, but Co-Mixup mixes them jointly; leave mode at 'batch'"
             )
-        if mode == "elem" and cutmix_alpha > 0:
-            raise ValueError(f"mode='elem' with cutmix_alpha={cutmix_alpha}: switching to CutMix needs mode='batch'")
-        if clean_weight > 0 and saliency_resolution < 1:
+        if mode == "elem" and self.cutmix is not None:
             raise ValueError(
-                f"saliency_resolution={saliency_resolution} with clean_weight={clean_weight}: the clean loss needs the "
-                "full inputs, so leave saliency_resolution at 1"
+                f"mode='elem' with cutmix_alpha={self.cutmix.alpha}: switching to CutMix needs mode='batch'"
             )
-        self.mix = mix
-        self.cutmix = CutMix(mix.num_classes, cutmix_alpha) if cutmix_alpha > 0 else None
-        self.prob = prob
-        self.switch_prob = switch_prob
         self.mode = mode
         self.smoothing = smoothing
         self.multi_label = multi_label
-        self.clean_weight = clean_weight
-        self.saliency_resolution = saliency_resolution
-        self.seed = seed
-        self.step = 0  # batches decided on, over the whole run
+        self.soft_loss = F.binary_cross_entropy_with_logits
         self.decided = self.mixed = 0  # batches decided on and mixed, in this process
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, enabled: bool = True) -> Batch:
+    def __call__(self, forward: nn.Module, x: Tensor, y: Tensor, epoch: int = 0, enabled: bool = True) -> MixedBatch:
         """One batch.
 
         Args:
-            model: for the saliency; DDP and compile wrappers are taken off.
+            forward: the model, for the saliency; DDP and compile wrappers are taken off.
             x: (B, C, H, W), normalised.
             y: (B,) class ids, or (B, K) with ``multi_label``.
-            enabled: False leaves the batch unmixed and draws nothing.
+            epoch: counted from 0.
+            enabled: False leaves the batch unmixed; then and from ``off_epoch`` on nothing is drawn.
 
         Raises:
             ValueError: what ``mix`` raises, or (B, K) targets without ``multi_label``.
@@ -133,71 +85,32 @@ class BatchMixer:
                 f"target has shape {tuple(y.shape)}: (B, K) targets need a binary cross-entropy criterion and, in "
                 "PuzzleMixup and CoMixupFn, multi_label=True; otherwise give (B,) class ids"
             )
-        labels = one_hot(y, self.mix.num_classes, len(x)).to(x.device)  # checked before the model sees them
-        if not enabled:
-            return Batch(x, self._smooth(labels, y))
-        # whether to mix is the same on all ranks: none waits for another's saliency, and passes that synchronise
-        # (clean loss with SyncBN) meet; how to mix differs
-        shared = np.random.default_rng([self.seed, self.step])
-        rng = np.random.default_rng([self.seed, self.step, 1 + _rank()])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        self.step += 1
-        self.decided += 1
-
-        lam = partner = None
-        chosen = self.prob > 0
-        switch = False
-        if self.mode == "batch":
-            chosen = bool(shared.random() < self.prob)
-            switch = bool(shared.random() < self.switch_prob) and self.cutmix is not None
-        elif len(x) > 1:  # a batch of one is refused by the core, as in "batch"
-            partner = torch.from_numpy(
-                np.where(rng.random(len(x)) < self.prob, rng.permutation(len(x)), np.arange(len(x)))
-            )
-            alpha = self.mix.alpha
-            lam = torch.from_numpy(rng.beta(alpha, alpha, len(x))) if alpha > 0 else None
-        if not chosen:
-            return Batch(x, self._smooth(labels, y))
-
-        self.mixed += 1
-        mixed: Mixed | CoMixed
-        if switch and self.cutmix is not None:
-            mixed, clean = self.cutmix(x, labels, generator=generator), None
-        else:
-            mixed, clean = self._salient(model, x, y, labels, generator, partner, lam)
-        return Batch(mixed.inputs, self._smooth(mixed.targets, y), mixed, clean)
-
-    def _salient(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        labels: Tensor,
-        generator: torch.Generator,
-        partner: Tensor | None,
-        lam: Tensor | None,
-    ) -> tuple[Mixed | CoMixed, Tensor | None]:
-        bare = unwrap_model(model)
-        adversarial = self.mix.adversarial if isinstance(self.mix, PuzzleMix) else None
-        seen, noise = adversarial.start(x, generator) if adversarial is not None else (x, None)
-        label, loss_fn = (y.long(), F.cross_entropy) if y.ndim == 1 else (labels, F.binary_cross_entropy_with_logits)
-        clean = None
-        if self.clean_weight > 0:
-            clean, gradient = clean_loss(bare, seen, label, loss_fn)
-        else:
-            gradient = input_gradient(bare, seen, label, loss_fn, self.saliency_resolution)
-        s = saliency(gradient)
-        if isinstance(self.mix, CoMixup):
-            return self.mix(x, labels, s, generator), clean
-        step = None if noise is None else gradient
-        return self.mix(x, labels, s, noise, step, generator, partner=partner, lam=lam), clean
-
-    def _smooth(self, targets: Tensor, y: Tensor) -> Tensor:
+        labels = self.labels(x, y)
+        batch = MixedBatch(x, labels)
+        if enabled and self.active(epoch):
+            chosen, switch, rng = self.decide()
+            generator = seeded(rng)
+            self.decided += 1
+            given: dict[str, Tensor | None] = {}
+            if self.mode == "elem":
+                chosen, given = self.prob > 0, self._each(len(x), rng)
+            if chosen:
+                self.mixed += 1
+                batch = self.make(unwrap_model(forward), x, y, labels, switch, generator, **given)
         off = 1 / self.mix.num_classes if y.ndim == 1 else 0.5
-        return targets * (1 - self.smoothing) + off * self.smoothing
+        smooth = batch.targets * (1 - self.smoothing) + off * self.smoothing
+        return dataclasses.replace(batch, targets=smooth)
+
+    def _each(self, n: int, rng: np.random.Generator) -> dict[str, Tensor | None]:
+        """Of each of ``n`` elements a partner, itself where it is left alone, and an expected share."""
+        if n == 1:
+            return {}
+        partner = torch.from_numpy(np.where(rng.random(n) < self.prob, rng.permutation(n), np.arange(n)))
+        alpha = self.mix.alpha
+        return {"partner": partner, "lam": torch.from_numpy(rng.beta(alpha, alpha, n)) if alpha > 0 else None}
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to go on with the same draws."""
+        """What a resumed run, which gets its seed from the command line, needs to go on with the same draws."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -237,7 +150,7 @@ class MixupFn:
                 f"{type(self).__name__} got {type(x).__name__} where a batch (x, target) of tensors belongs; in a "
                 f"DataLoader's collate_fn use dataopt.integrations.timm.{self.collate}"
             )
-        batch = self.mixer(self.model, x, target, self.mixup_enabled)
+        batch = self.mixer(self.model, x, target, enabled=self.mixup_enabled)
         return batch.inputs, batch.targets
 
     def state_dict(self) -> dict[str, int]:
@@ -260,7 +173,7 @@ class PuzzleMixup(MixupFn):
         num_classes: K, columns of the targets.
         cutmix_alpha, prob, switch_prob, mode, label_smoothing, multi_label: as in timm;
             ``mode="pair"`` is not offered.
-        saliency_resolution, seed: see :class:`BatchMixer`.
+        saliency_resolution, augment, seed: see :class:`Mixing`.
         **puzzle: arguments of :class:`PuzzleMix`: ``alpha``, ``beta``, ``mean``, ``std``, ...
 
     Examples:
@@ -287,6 +200,7 @@ class PuzzleMixup(MixupFn):
         label_smoothing: float = 0.1,
         multi_label: bool = False,
         saliency_resolution: float = 1.0,
+        augment: str | None = None,
         seed: int = 0,
         **puzzle: Any,
     ):
@@ -299,6 +213,7 @@ class PuzzleMixup(MixupFn):
             smoothing=label_smoothing,
             multi_label=multi_label,
             saliency_resolution=saliency_resolution,
+            augment=augment,
             seed=seed,
         )
         super().__init__(model, mixer)
@@ -313,7 +228,7 @@ class CoMixupFn(MixupFn):
         model: the model being trained, wrapped or not.
         num_classes: K, columns of the targets.
         cutmix_alpha, prob, switch_prob, label_smoothing, multi_label: as in timm.
-        saliency_resolution, seed: see :class:`BatchMixer`.
+        saliency_resolution, augment, mean, std, seed: see :class:`Mixing`.
         **comixup: arguments of :class:`CoMixup`: ``grid``, ``partition``, ``tau``, ...
 
     Examples:
@@ -339,6 +254,9 @@ class CoMixupFn(MixupFn):
         label_smoothing: float = 0.1,
         multi_label: bool = False,
         saliency_resolution: float = 1.0,
+        augment: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         seed: int = 0,
         **comixup: Any,
     ):
@@ -350,11 +268,9 @@ class CoMixupFn(MixupFn):
             smoothing=label_smoothing,
             multi_label=multi_label,
             saliency_resolution=saliency_resolution,
+            augment=augment,
+            mean=mean,
+            std=std,
             seed=seed,
         )
         super().__init__(model, mixer)
-
-
-def _rank() -> int:
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if started else 0

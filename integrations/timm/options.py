@@ -99,6 +99,7 @@ def add_puzzle_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="below 1, saliency from inputs downsized by this factor",
     )
+    add("--puzzle-augment", choices=("augmix",), help="mix AugMix images of the batch (default: the images)")
     add("--puzzle-adv-prob", type=float, default=0.0, metavar="P", help="probability of adversarial noise (default: 0)")
     add("--puzzle-adv-eps", type=float, default=10 / 255, metavar="X", help="its radius, of [0, 1] pixels (10/255)")
     add("--puzzle-adv-step", type=float, metavar="X", help="its step (default: eps + 2/255)")
@@ -142,6 +143,7 @@ def add_comixup_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="below 1, saliency from inputs downsized by this factor",
     )
+    add("--comixup-augment", choices=("augmix",), help="mix AugMix images of the batch (default: the images)")
 
 
 def co_mixup(args: argparse.Namespace) -> CoMixup:
@@ -220,6 +222,9 @@ def task_settings(args: argparse.Namespace, model: nn.Module | None, cutmix: flo
         off_epoch=args.mixup_off_epoch,
         clean_weight=given[f"{method}_clean_weight"],
         saliency_resolution=given[f"{method}_saliency_resolution"],
+        augment=given[f"{method}_augment"],
+        mean=mean,
+        std=std,
         seed=args.seed,
     )
 
@@ -233,9 +238,7 @@ def check_options(args: argparse.Namespace, method: str) -> None:
         stop(f"--mixup {method} does not go with --mixup-mode {args.mixup_mode}: it has {' and '.join(modes)}")
     trial = argparse.Namespace(**{**vars(args), "num_classes": args.num_classes or 1})
     try:
-        settings = task_settings(trial, None, args.cutmix, method)
-        del settings["off_epoch"]
-        BatchMixer(**settings)
+        BatchMixer(**task_settings(trial, None, args.cutmix, method))
     except ValueError as e:
         stop(f"--mixup {method}: {e}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,11 @@ from timm.loss import BinaryCrossEntropy
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
+from ..mixing import check_soft_loss
 from .mixup import BatchMixer
 
 _logger = logging.getLogger(__name__)
+_SOFT = "use timm's SoftTargetCrossEntropy or BinaryCrossEntropy, or torch's CrossEntropyLoss"
 
 
 class MixTask(ClassificationTask):
@@ -30,8 +32,8 @@ class MixTask(ClassificationTask):
         criterion: takes (logits, soft targets (B, K)); None builds timm's from ``criterion_kwargs``.
         mix: how to mix.
         criterion_kwargs: for ``timm.loss.create_classification_loss``; ``soft_targets`` is set.
-        prob, cutmix_alpha, switch_prob, mode, smoothing, clean_weight, saliency_resolution, seed:
-            see :class:`BatchMixer`.
+        prob, cutmix_alpha, switch_prob, clean_weight, saliency_resolution, augment, mean, std, seed: see
+            :class:`Mixing`. mode, smoothing: see :class:`BatchMixer`.
         off_epoch: no mixing from this epoch on, as timm's ``--mixup-off-epoch``; 0 never stops. The
             training loop calls :meth:`set_epoch`.
         device, dtype, verbose: as in timm.
@@ -59,6 +61,9 @@ class MixTask(ClassificationTask):
         off_epoch: int = 0,
         clean_weight: float = 0.0,
         saliency_resolution: float = 1.0,
+        augment: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         seed: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -69,15 +74,13 @@ class MixTask(ClassificationTask):
             raise TypeError(f"mix is missing; give dataopt.core.mixup.{name}(num_classes, ...)")
         if not isinstance(mix, self.method):
             raise TypeError(f"mix is {type(mix).__name__}; give dataopt.core.mixup.{name}(num_classes, ...)")
-        if off_epoch < 0:
-            raise ValueError(f"off_epoch={off_epoch} must not be negative; 0 mixes to the end")
         if criterion is None:
             from timm.loss import create_classification_loss
 
             criterion = create_classification_loss(**{**(criterion_kwargs or {}), "soft_targets": True})
         elif criterion_kwargs:
             raise ValueError(f"criterion_kwargs={criterion_kwargs} with a criterion: give one of the two")
-        _check_soft(criterion, mix.num_classes)
+        check_soft_loss(criterion, mix.num_classes, "criterion", _SOFT)
         if isinstance(criterion, nn.Module) and device is not None:
             criterion = criterion.to(device)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
@@ -89,11 +92,14 @@ class MixTask(ClassificationTask):
             mode=mode,
             smoothing=smoothing,
             multi_label=isinstance(criterion, BinaryCrossEntropy | nn.BCEWithLogitsLoss),
+            off_epoch=off_epoch,
             clean_weight=clean_weight,
             saliency_resolution=saliency_resolution,
+            augment=augment,
+            mean=mean,
+            std=std,
             seed=seed,
         )
-        self.off_epoch = off_epoch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -101,10 +107,14 @@ class MixTask(ClassificationTask):
         self.epoch = epoch
 
     @property
+    def off_epoch(self) -> int:
+        """The epoch from which on nothing is mixed; 0 is none."""
+        return self.mixer.off_epoch
+
+    @property
     def mixing(self) -> bool:
         """Whether the next batch may be mixed."""
-        trains = self.training and self.trainable_module.training
-        return trains and not (self.off_epoch and self.epoch >= self.off_epoch)
+        return self.training and self.trainable_module.training and self.mixer.active(self.epoch)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """Mix, run the model, and compute the loss.
@@ -121,7 +131,7 @@ class MixTask(ClassificationTask):
         Raises:
             ValueError: what ``mix`` raises; Puzzle Mix does on a batch of one.
         """
-        batch = self.mixer(self.trainable_module, input, target, self.mixing)
+        batch = self.mixer(self.trainable_module, input, target, enabled=self.mixing)
         result: dict[str, Any] = {**super().forward(batch.inputs, batch.targets)}
         result.update(target=batch.targets, mixed=batch.mixed)
         if batch.clean_loss is not None:
@@ -195,19 +205,3 @@ class CoMixupTask(MixTask):
 
 
 TASKS: dict[str, type[MixTask]] = {"puzzle": PuzzleMixTask, "comixup": CoMixupTask}  # by the value of --mixup
-
-
-def _check_soft(criterion: Callable[[Tensor, Tensor], Tensor], num_classes: int) -> None:
-    """Raise unless ``criterion`` takes soft targets, by trying it."""
-    device = next((t.device for t in criterion.buffers()), None) if isinstance(criterion, nn.Module) else None
-    logits = torch.zeros(2, num_classes, device=device)
-    try:
-        loss = criterion(logits, torch.full_like(logits, 1 / num_classes))
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as e:
-        name = getattr(criterion, "__name__", type(criterion).__name__)
-        raise ValueError(
-            f"criterion={name} does not take soft targets of shape (B, {num_classes}) ({e}); use timm's "
-            "SoftTargetCrossEntropy or BinaryCrossEntropy, or torch's CrossEntropyLoss"
-        ) from e
-    if loss.ndim:
-        raise ValueError(f"criterion gives a loss of shape {tuple(loss.shape)}; it must average over the batch")

@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from dataopt.core.mixup import CoMixup, PuzzleMix
-from dataopt.integrations.mixing import Means, Mixing, check_soft_loss, log_picture, picture, source_shares
+from dataopt.core.mixup import CoMixup, CutMix, PuzzleMix, augmix, clean_loss, saliency
+from dataopt.integrations.mixing import (
+    Means,
+    Mixing,
+    batch_generator,
+    check_soft_loss,
+    log_picture,
+    picture,
+    source_shares,
+)
 
 from .hf.test_mixup import tiny_vit
 from .lightning.test_mixup import CLASSES, Net
@@ -32,6 +40,63 @@ def test_shares_make_the_targets_and_a_state_makes_the_same_batch(mix):
     again.load_state_dict(state)
     assert torch.equal(again(net, x, y).inputs, done.inputs)
     assert all(p.grad is None for p in net.parameters())
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    "mix, own",
+    [(PuzzleMix(CLASSES, mean=MEAN, std=STD), {}), (CoMixup(CLASSES, partition=4), {"mean": MEAN, "std": STD})],
+)
+def test_augmix_images_are_what_is_looked_at_and_mixed(mix, own):
+    pixels, y = batch()
+    x = ((pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    mixing, net = Mixing(mix, augment="augmix", seed=2, clean_weight=1.0, cutmix_alpha=1.0, **own), Net().eval()
+    kinds = set()
+    for step in range(5):
+        done = mixing(net, x, y)
+        generator = batch_generator(2, step)
+        images = augmix(x, generator, mean=MEAN, std=STD)
+        assert not torch.equal(images, x) and done.inputs.is_contiguous(memory_format=torch.channels_last)
+        if done.method == "cutmix":
+            wanted = CutMix(CLASSES, 1.0)(images, y, generator=generator)
+        else:
+            loss, gradient = clean_loss(net, images, y)
+            assert torch.equal(done.clean_loss, loss)
+            wanted = mix(images, y, saliency(gradient), generator=generator)
+        assert torch.equal(done.inputs, wanted.inputs) and torch.equal(done.targets, wanted.targets)
+        kinds.add(done.method)
+    assert len(kinds) == 2
+    x[0] += 3  # as random erasing does
+    assert mixing(net, x, y).inputs.isfinite().all()
+
+
+def test_a_batch_that_is_not_mixed_is_not_augmented():
+    x, y = batch()
+    for settings, epoch in (({"prob": 0.0}, 0), ({"off_epoch": 1}, 1)):
+        assert Mixing(PuzzleMix(CLASSES), augment="augmix", **settings)(Net(), x, y, epoch).inputs is x
+    one = x[:1]
+    assert Mixing(PuzzleMix(CLASSES), augment="augmix")(Net(), one, y[:1]).inputs is one
+
+
+@pytest.mark.parametrize("mix", [PuzzleMix(CLASSES), CoMixup(CLASSES)])
+def test_augment_refuses_what_is_no_image(mix, monkeypatch):
+    with pytest.raises(ValueError, match="augment='jitter' is unknown; choose 'augmix'"):
+        Mixing(mix, augment="jitter")
+    with pytest.raises(ValueError, match="go together"):
+        Mixing(mix, augment="augmix", mean=MEAN)
+    for shape in ((2, 32), (4, 16, 16)):
+        with pytest.raises(ValueError, match=r"augment='augmix' is for images \(B, 1, H, W\)"):
+            Mixing(mix, augment="augmix", prob=0.0)(Net(), *batch(8, shape))
+    x, y = batch()
+    with pytest.raises(ValueError, match="give the mean= and std="):
+        Mixing(mix, augment="augmix")(Net(), 4 * x, y)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"this needs torchvision: pip install 'dataopt\[eval\]'"):
+        Mixing(mix, augment="augmix")
 
 
 def test_a_picture_shows_inputs_partners_and_mixed_ones():

@@ -196,6 +196,48 @@ def test_clean_loss_joins_another_loss_and_skips_frozen_parameters(batch):
     torch.testing.assert_close(net[8].weight.grad, other[8].weight.grad)
 
 
+class Spare(nn.Module):
+    """A network with a layer that takes no part, and one that a branch may leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.spare, self.gate = network(), nn.Linear(4, 4), nn.Linear(5, 5)
+        self.gated = False
+
+    def forward(self, x):
+        logits = self.net(x)
+        return self.gate(logits) if self.gated else logits
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_clean_loss_of_a_model_with_unused_parameters(batch, half):
+    x, y = batch
+    model, plain = Spare().eval(), network().eval()
+    with torch.autocast("cpu", torch.float16, enabled=half):
+        loss, g = clean_loss(model, x, y)
+        expected, gradient = clean_loss(plain, x, y)
+        model.gated = True
+        logits = model(x)
+    assert torch.equal(loss, expected) and torch.equal(g, gradient)
+    (loss + logits.float().logsumexp(1).mean()).backward()
+    assert all(p.grad is None for p in model.spare.parameters())
+    # the gate takes part in the other loss only
+    torch.testing.assert_close(model.gate.bias.grad, logits.float().softmax(1).mean(0), rtol=1e-2, atol=1e-3)
+    expected.backward()
+    (F.linear(plain(x), model.gate.weight, model.gate.bias)).logsumexp(1).mean().backward()
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if half else {}
+    for p, q in zip(model.net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **tolerance)
+
+
+def test_an_input_without_a_part_in_the_loss_is_named(batch):
+    x, y = batch
+    net = network()
+    for lost in (lambda x: net(torch.zeros_like(x)), lambda x: net(x).detach()):
+        with pytest.raises(ValueError, match="x has no part in the loss"):
+            input_gradient(lost, x, y)
+
+
 def test_bad_input():
     net, y = nn.Flatten(), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"non-finite values in samples \[1\]"):

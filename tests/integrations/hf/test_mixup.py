@@ -1,16 +1,26 @@
 """Puzzle Mix and Co-Mixup inside the transformers Trainer."""
 
 import copy
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dataopt.core.mixup import CoMixup, CutMix, PuzzleMix, input_gradient, saliency
-from dataopt.integrations.hf import CoMixupTrainerMixin, PuzzleMixTrainerMixin, mixup_trainer
+from dataopt.core.mixup import CoMixup, CutMix, PuzzleMix, augmix, input_gradient, saliency
+from dataopt.integrations.hf import (
+    CleanableDataset,
+    CoMixupTrainerMixin,
+    LabelCleaningCallback,
+    PuzzleMixTrainerMixin,
+    mixup_trainer,
+)
 from dataopt.integrations.hf.mixup_inputs import mix_text, padded_embeddings, padded_length
 from dataopt.integrations.mixing import batch_generator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
 from transformers import (
     ASTConfig,
@@ -22,7 +32,6 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -44,6 +53,18 @@ class Rows(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         return {name: column[i] for name, column in self.columns.items()}
+
+
+class Ordered(Rows):
+    """Keeps the numbers of the rows in the order in which they are read."""
+
+    def __init__(self, **columns):
+        super().__init__(**columns)
+        self.read: list = []
+
+    def __getitem__(self, i: int) -> dict:
+        self.read.append(i)
+        return super().__getitem__(i)
 
 
 class Images(Rows):
@@ -137,6 +158,24 @@ def test_the_model_trains_on_what_core_makes(tmp_path, method, mix, bf16):
     assert all("labels" not in names for names in seen.names)
 
 
+@pytest.mark.parametrize(
+    "method, mix", [("puzzle", PuzzleMix(4, mean=[0.5] * 3, std=[0.5] * 3)), ("comixup", CoMixup(4))]
+)
+def test_augmix_images_are_mixed(tmp_path, method, mix):
+    data, model = Ordered(pixel_values=torch.rand(8, 3, 16, 16)), tiny_vit()
+    start = copy.deepcopy(model).eval()
+    # pixels are 0.5 x + 0.5: all of x is in their range
+    settings = {"augment": "augmix", "mean": [0.5] * 3, "std": [0.5] * 3}
+    _, seen = train(tmp_path, model, data, method, settings, learning_rate=0.0)
+    x, y = data.columns["pixel_values"][data.read], data.columns["labels"][data.read]
+    generator = batch_generator(0, 0)
+    images = augmix(x, generator, mean=[0.5] * 3, std=[0.5] * 3)
+    assert torch.equal(seen[0][0]["pixel_values"], images) and not torch.equal(images, x)
+    s = saliency(input_gradient(lambda t: start(pixel_values=t).logits, images, y))
+    m = mix(images, y, s, generator=generator)
+    assert torch.equal(seen[1][0]["pixel_values"], m.inputs) and torch.equal(seen.targets[0], m.targets)
+
+
 def test_spectrograms_are_images_of_one_channel(tmp_path):
     torch.manual_seed(0)
     config = dict(patch_size=4, time_stride=4, frequency_stride=4, max_length=32, num_mel_bins=16, num_labels=4)
@@ -219,37 +258,29 @@ def test_probability_switch_off_epoch_and_cutmix(tmp_path):
     assert hard[12:] == [True, True] == originals[12:]
 
 
-class Board(TrainerCallback):
-    """Holds a writer, as the Trainer's TensorBoard callback does."""
-
-    class Writer:
-        def __init__(self):
-            self.images: list = []
-
-        def add_image(self, tag, image, step):
-            self.images.append((tag, tuple(image.shape), step))
-
-    def __init__(self):
-        self.tb_writer = self.Writer()
-
-
-def test_statistics_and_pictures_are_logged(tmp_path):
-    board = Board()
-    settings = dict(logging_strategy="steps", logging_steps=2)
-    made, _ = train(
-        tmp_path,
-        tiny_vit(),
-        Images(32),
-        "comixup",
-        {"log_every": 3, "beta": 0.05},
-        [board],
-        evaluate=Images(8),
-        **settings,
-    )
-    assert board.tb_writer.images == [("mixup/examples", (3, 2 * 18 - 2, 8 * 18 - 2), step) for step in (0, 3)]
+def test_statistics_and_pictures_are_logged(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    settings = dict(logging_strategy="steps", logging_steps=2, report_to=["tensorboard"])
+    mixup = {"log_every": 3, "beta": 0.05}
+    made, seen = train(tmp_path, tiny_vit(), Images(32), "comixup", mixup, evaluate=Images(8), **settings)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    images = events.Images("mixup/examples")
+    assert [(image.step, image.height, image.width) for image in images] == [
+        (s, 2 * 18 - 2, 8 * 18 - 2) for s in (0, 3)
+    ]
+    for image, step in zip(images, (0, 3), strict=True):  # the clean batch above the mixed one
+        shown = [inputs["pixel_values"] for inputs, _ in seen[2 * step : 2 * step + 2]]
+        low, high = torch.stack(shown).aminmax()
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) / 255
+        for line, x in enumerate(shown):
+            first = ((x[0] - low) / (high - low)).permute(1, 2, 0)
+            np.testing.assert_allclose(pixels[18 * line : 18 * line + 16, :16], first, atol=1 / 255)
     logged = [entry for entry in made.state.log_history if "loss" in entry]
     assert len(logged) == 2 and all(entry["mixup_mixed"] == 1 for entry in logged)
     assert all(entry["mixup_inputs_per_output"] > 1 and 0 < entry["mixup_largest_share"] < 1 for entry in logged)
+    for name in ("mixed", "inputs_per_output", "largest_share", "seconds"):
+        found = [(s.step, s.value) for s in events.Scalars(f"train/mixup_{name}")]
+        assert found == [(entry["step"], pytest.approx(entry[f"mixup_{name}"])) for entry in logged]
     assert not any(
         name.startswith("mixup") for entry in made.state.log_history if "loss" not in entry for name in entry
     )
@@ -368,6 +399,9 @@ def test_text_models_that_need_the_tokens_are_refused_at_the_first_batch(tmp_pat
         (bert, {"transport": "exact"}, {}, "transport=exact does not go with text"),
         (bert, {"gamma": 0.5}, {}, "gamma=0.5 does not go with text"),
         (bert, {"grids": [(2, 2)]}, {}, "whole numbers for text"),
+        (bert, {"augment": "augmix"}, {}, "augment='augmix' is for images, and the model reads input_ids"),
+        (tiny_vit, {"augment": "augmix", "input_key": "input_values"}, {}, "and the model reads input_values"),
+        (tiny_vit, {"augment": "blur"}, {}, "augment='blur' is unknown"),
     ],
 )
 def test_refusals_when_the_trainer_is_made(tmp_path, model, settings, more, message):
@@ -384,6 +418,18 @@ def test_refusals_of_text_in_comixup_missing_inputs_and_other_methods(tmp_path):
         train(tmp_path, tiny_vit(), [{"pixel_values": torch.rand(3, 16, 16)}] * 8)
     with pytest.raises(ValueError, match="method='mixup' is unknown"):
         mixup_trainer("mixup")
+
+
+def test_weights_of_samples_are_refused_and_corrected_labels_are_mixed(tmp_path):
+    rows = CleanableDataset(Images())
+    for action in ("drop", "reweight"):
+        cleaning = LabelCleaningCallback(tmp_path / "cleaning", action=action, start=1)
+        with pytest.raises(ValueError, match=f"LabelCleaningCallback has action='{action}': a mixed input"):
+            train(tmp_path, tiny_vit(), rows, callbacks=[cleaning])
+    rows.change(labels=torch.zeros(16, dtype=torch.long))
+    cleaning = LabelCleaningCallback(tmp_path / "cleaning", epochs=[2], action="relabel", start=2)
+    _, seen = train(tmp_path, tiny_vit(), rows, callbacks=[cleaning], remove_unused_columns=False)
+    assert all(torch.equal(t[:, 0], torch.ones(8)) for t in seen.targets)
 
 
 def test_mixins_stand_before_any_trainer():

@@ -1,20 +1,27 @@
 """Puzzle Mix and Co-Mixup inside the Lightning Trainer."""
 
 import copy
+import inspect
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dataopt.core.mixup import CoMixup, CutMix, PuzzleMix, input_gradient, saliency
-from dataopt.integrations.lightning import CoMixupCallback, PuzzleMixCallback
+import yaml
+from dataopt.core.mixup import Adversarial, CoMixup, CutMix, PuzzleMix, augmix, input_gradient, saliency
+from dataopt.integrations.lightning import CleanableDataset, CoMixupCallback, PuzzleMixCallback
 from dataopt.integrations.lightning.mixup import check_strategy
-from dataopt.integrations.mixing import batch_generator
+from dataopt.integrations.mixing import batch_generator, picture
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
-from torch.utils.data import DataLoader, TensorDataset
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ..tiny import trainer
 
@@ -64,11 +71,14 @@ def fit(root, callback, module=None, rows: int = 16, batch: int = 8, ckpt=None, 
     return module
 
 
-def expected(mix, net, x, y, step, autocast=False):
+def expected(mix, net, x, y, step, autocast=False, augment=False):
     """What core makes of a batch with the generator of that step."""
+    generator = batch_generator(0, step)
+    if augment:
+        x = augmix(x, generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         s = saliency(input_gradient(net, x, y))
-    return mix(x, y, s, generator=batch_generator(0, step))
+    return mix(x, y, s, generator=generator)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -85,6 +95,20 @@ def test_the_module_trains_on_what_core_makes(tmp_path, callback, mix, precision
         assert torch.equal(x, m.inputs) and torch.equal(targets, m.targets)
         assert targets.dtype == torch.float32
     assert torch.cat([targets for _, targets, _ in module.seen]).max(1).values.min() < 0.9
+
+
+@pytest.mark.parametrize(
+    "callback, mix", [(PuzzleMixCallback, PuzzleMix(CLASSES)), (CoMixupCallback, CoMixup(CLASSES))]
+)
+def test_augmix_images_are_mixed(tmp_path, callback, mix):
+    module = fit(tmp_path, callback(CLASSES, augment="augmix", off_epoch=1), epochs=2)
+    for step, (x, targets, net) in enumerate(module.seen):
+        clean, y = (t[step % 2 * 8 :][:8] for t in data().tensors)
+        if step < 2:
+            m = expected(mix, net, clean, y, step, augment=True)
+            assert torch.equal(x, m.inputs) and torch.equal(targets, m.targets)
+        else:
+            assert torch.equal(x, clean)
 
 
 def test_validation_and_sanity_check_see_clean_data_and_the_module_is_given_back(tmp_path):
@@ -211,6 +235,80 @@ def test_statistics_and_pictures_reach_the_logger(tmp_path):
     assert min(float(row["mixup/largest_share"]) for row in table) < 0.9
 
 
+def test_tensorboard_gets_the_picture_and_the_statistics(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    module = fit(tmp_path, CoMixupCallback(CLASSES, log_every=3), rows=32, logger=logger, log_every_n_steps=1)
+    events = EventAccumulator(logger.log_dir).Reload()
+    plans = [
+        (x, expected(CoMixup(CLASSES), seen[2], x, y, step))
+        for step, (seen, x, y) in enumerate(zip(module.seen, *(t.split(8) for t in data(32).tensors), strict=True))
+    ]
+    logged = events.Images("mixup/examples")
+    assert [image.step for image in logged] == [1, 4]
+    for image, (x, m) in zip(logged, (plans[0], plans[3]), strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        np.testing.assert_allclose(pixels / 255, picture(x, m).permute(1, 2, 0), atol=1 / 255)
+    shares = [m.sources for _, m in plans]
+    for name, wanted in (
+        ("mixed", [1.0] * 4),
+        ("inputs_per_output", [float((v > 0).sum(1).float().mean()) for v in shares]),
+        ("largest_share", [float(v.amax(1).mean()) for v in shares]),
+    ):
+        scalars = events.Scalars(f"mixup/{name}")
+        assert [s.step for s in scalars] == [0, 1, 2, 3]
+        assert [s.value for s in scalars] == pytest.approx(wanted)
+    assert all(s.value > 0 for s in events.Scalars("mixup/seconds"))
+
+
+# every argument, with a value that is not its default
+PUZZLE = dict(
+    alpha=0.5, beta=1.0, gamma=0.4, eta=0.1, labels=2, grids=[2, (4, 2)], neigh_size=2, data_term="thesis",
+    transport="exact", transport_cost=0.7, transport_patch=2, adversarial=Adversarial(0.5, 0.04, 0.05, True, False),
+    solver="scipy", mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4],
+)  # fmt: skip
+COMIXUP = dict(
+    alpha=1.5, beta=0.3, gamma=0.9, eta=0.04, tau=0.8, omega=0.002, grid=(4, 2), partition=5, outputs=4, n_iter=3,
+    restarts=2, threshold="soft",
+)  # fmt: skip
+MIXING = dict(
+    prob=0.75, cutmix_alpha=1.0, switch_prob=0.25, off_epoch=3, clean_weight=0.5, saliency_resolution=1.0,
+    augment="augmix", mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4], seed=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("callback, settings", [(PuzzleMixCallback, PUZZLE), (CoMixupCallback, COMIXUP)])
+def test_lightning_cli_builds_the_callback_from_yaml_and_trains_with_it(tmp_path, monkeypatch, callback, settings):
+    given = {"num_classes": CLASSES, **settings, **MIXING, "input_key": "x", "target_key": "target", "log_every": 0}
+    assert set(given) == set(inspect.signature(callback).parameters)
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    if callback is PuzzleMixCallback:
+        plain.update(adversarial=vars(PUZZLE["adversarial"]), grids=[2, [4, 2]])
+    made = {"class_path": f"dataopt.integrations.lightning.{callback.__name__}", "init_args": plain}
+    of_trainer = {
+        "accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path), "callbacks": [made], "logger": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({"trainer": of_trainer, "model": {"lr": 0.2}}))
+    monkeypatch.setattr("sys.argv", ["train"])
+    wanted = callback(**given).mixing
+
+    def fit(config: str, **more):  # what the module saw
+        args = ["fit", "--config", str(tmp_path / config)]
+        cli = LightningCLI(Named, Halved, args=args, seed_everything_default=False, **more)
+        found = next(c for c in cli.trainer.callbacks if isinstance(c, callback))
+        assert found.state_dict() == {"seed": 8, "step": 2} and cli.model.lr == 0.2
+        assert (found.input_key, found.target_key, found.log_every) == ("x", "target", 0)
+        for of, own in ((wanted, found.mixing), (wanted.mix, found.mixing.mix), (wanted.cutmix, found.mixing.cutmix)):
+            for name in set(vars(of)) - {"mix", "cutmix", "step"}:
+                assert getattr(own, name) == getattr(of, name), name
+        return [(x, targets) for x, targets, _ in cli.model.seen]
+
+    seen = fit("given.yaml")
+    assert all(not torch.equal(x, clean / 2) for (x, _), clean in zip(seen, data().tensors[0].split(8), strict=True))
+    again = fit("config.yaml", save_config_callback=None)  # the file that Lightning wrote
+    assert all(torch.equal(a, b) for one, two in zip(seen, again, strict=True) for a, b in zip(one, two, strict=True))
+
+
 class HardOnly(Net):
     def training_step(self, batch, batch_idx):
         return F.nll_loss(self(batch[0]).log_softmax(1), batch[1])
@@ -263,6 +361,31 @@ def test_bad_settings(settings, message):
     for callback in (PuzzleMixCallback, CoMixupCallback):
         with pytest.raises(ValueError, match=message):
             callback(CLASSES, **settings)
+
+
+class Weighted(TensorDataset):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return {"x": x, "target": y, "sample_weight": 1.0}
+
+
+CLEANABLE = CleanableDataset(data(8))
+
+
+@pytest.mark.parametrize(
+    "loaders, keys, message",
+    [
+        (DataLoader(CLEANABLE, 8), {}, "the training data is a CleanableDataset: a mixed input is of several samples"),
+        (DataLoader(Subset(CLEANABLE, range(4)), 4), {}, "the training data is a CleanableDataset"),
+        ({"a": DataLoader(data(), 8), "b": DataLoader(CLEANABLE, 8)}, {}, "the training data is a CleanableDataset"),
+        (DataLoader(Weighted(*data().tensors), 8), {"input_key": "x", "target_key": "target"}, "batch holds 'sample_w"),
+    ],
+)
+def test_weights_of_samples_are_refused(tmp_path, loaders, keys, message):
+    module = Named()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, CoMixupCallback(CLASSES, **keys)).fit(module, loaders)
+    assert not module.seen and not {"on_after_batch_transfer", "training_step"} & set(vars(module))
 
 
 def test_sharded_strategies_are_refused_by_name():

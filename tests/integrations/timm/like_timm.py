@@ -9,12 +9,20 @@ import os
 
 import torch
 import yaml
+from timm.data import create_dataset, create_loader
 from timm.models import create_model
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 
 config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument("-c", "--config", default="")
 parser = argparse.ArgumentParser(description="A script like timm's")
+parser.add_argument("data", nargs="?")
+parser.add_argument("--data-dir")
+parser.add_argument("--dataset", default="")
+parser.add_argument("--train-split", default="train")
+parser.add_argument("--val-split", default="validation")
+parser.add_argument("--class-map", default="")
+parser.add_argument("--workers", type=int, default=0)
 parser.add_argument("--mixup", type=float, default=0.0)
 parser.add_argument("--cutmix", type=float, default=0.0)
 parser.add_argument("--cutmix-minmax", type=float, nargs="+", default=None)
@@ -62,6 +70,25 @@ def train_one_epoch(epoch, model, loader, optimizer, args, task=None):
     return {"loss": result["loss"].item()}
 
 
+def loaders(args):
+    """As timm's script makes them; None where the command line names no data."""
+    root = args.data_dir or args.data
+    if not root and not args.dataset:
+        return None
+    found = []
+    for training, split in ((True, args.train_split), (False, args.val_split)):
+        if split:
+            dataset = create_dataset(
+                args.dataset, root=root, split=split, is_training=training, class_map=args.class_map, batch_size=8,
+                input_img_mode="RGB",
+            )  # fmt: skip
+            found.append(create_loader(
+                dataset, (3, 32, 32), 8, is_training=training, no_aug=True, use_prefetcher=False, crop_pct=1.0,
+                interpolation="bilinear", num_workers=args.workers, device=torch.device("cpu"),
+            ))  # fmt: skip
+    return found
+
+
 def main():
     args, text = _parse_args()
     torch.manual_seed(args.seed)
@@ -77,6 +104,11 @@ def main():
     if args.loss_kwargs["soft_targets"]:
         labels = torch.nn.functional.one_hot(labels, args.num_classes).float()
     batches = [((x - mean) / std, labels) for x in pixels]
+    real = loaders(args)
+    if real is not None:
+        batches = real[0]
+        for x, _ in real[1] if len(real) > 1 else ():
+            model.eval()(x)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for epoch in range(args.epochs):
         train_one_epoch(epoch, model, batches, optimizer, args, task=task)

@@ -11,8 +11,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
-from dataopt.core.mixup import CoMixed, CoMixup, Mixed, PuzzleMix
-from dataopt.integrations.timm import CoMixupCollate, CoMixupFn, CoMixupTask, PuzzleCollate, PuzzleMixTask
+from dataopt.core.mixup import CoMixed, CoMixup, Mixed, PuzzleMix, augmix, input_gradient, saliency
+from dataopt.integrations.mixing import batch_generator
+from dataopt.integrations.timm import (
+    CoMixupCollate,
+    CoMixupFn,
+    CoMixupTask,
+    PuzzleCollate,
+    PuzzleMixTask,
+    PuzzleMixup,
+)
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch.utils.data import DataLoader
@@ -134,6 +142,19 @@ def test_the_callable_and_the_task_make_the_same_batch(batch):  # noqa: F811
         next(iter(loader))
 
 
+@pytest.mark.parametrize("made, core", [(PuzzleMixup, PuzzleMix), (CoMixupFn, CoMixup)])
+def test_the_callables_mix_augmix_images(batch, made, core):  # noqa: F811
+    pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.9, 0.8, 0.9]}  # of which the batch's range is a part
+    (x, y), model = batch, make().trainable_module
+    x = (x - 0.5) / 2
+    inputs, target = made(model, num_classes=K, label_smoothing=0.0, augment="augmix", **pixels)(x, y)
+    generator = batch_generator(0, 0)
+    images = augmix(x, generator, **pixels)
+    mix = core(K, **pixels) if core is PuzzleMix else core(K)
+    mixed = mix(images, y, saliency(input_gradient(model, images, y)), generator=generator)
+    assert torch.equal(inputs, mixed.inputs) and torch.equal(target, mixed.targets)
+
+
 # --- the collate function ---
 
 
@@ -227,11 +248,15 @@ def test_a_bad_command_line_is_one_line(train, capsys, bad, message):
 
 def test_the_script_mixes_in_our_task_and_records_the_method(like_timm, steps):
     options = ("--comixup-beta", 0.2, "--comixup-n-iter", 3, "--comixup-restarts", 2, "--comixup-outputs", 10)
+    options += ("--comixup-augment", "augmix")
     folder = like_timm(*COMIXUP, "--cutmix", 0.7, "--smoothing", 0.2, *options)
     assert len(steps) == 4 and all(isinstance(s["task"], CoMixupTask) for s in steps)
     mixer = steps[0]["task"].mixer
     assert (mixer.smoothing, mixer.cutmix.alpha, mixer.seed) == (0.2, 0.7, 42)
     assert (mixer.mix.beta, mixer.mix.n_iter, mixer.mix.restarts, mixer.mix.outputs) == (0.2, 3, 2, 10)
+    assert mixer.augment == "augmix" and list(mixer.mean) == list(
+        steps[0]["task"].trainable_module.pretrained_cfg["mean"]
+    )
     saved, logged = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("args", "logged"))
     assert (saved["mixup"], saved["cutmix"], saved["comixup_beta"]) == ("comixup", 0.7, 0.2)
     assert (logged["mixup_method"], logged["mixup_method_cutmix"]) == ("comixup", 0.7)

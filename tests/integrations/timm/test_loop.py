@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from dataopt.core.mixup import augmix
+from dataopt.integrations.mixing import batch_generator
 from dataopt.integrations.timm import loop
 from dataopt.integrations.timm.task import PuzzleMixTask
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
@@ -58,6 +60,16 @@ def test_cutmix_switching_and_bce_and_bf16(train, steps):
     assert steps[0]["output"].dtype == torch.float32  # accelerate gives full precision back
     assert all(v.dtype != torch.bfloat16 for v in weights(folder).values())
     assert yaml.safe_load((folder / "args.yaml").read_text())["cutmix"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["puzzle", "comixup"])
+def test_augmix_images_are_mixed(train, steps, method):
+    train("--mixup", method, f"--{method}-augment", "augmix", "--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.3, 0.4)
+    assert len(steps) == 2
+    for step, seen in enumerate(steps):
+        images = augmix(seen["input"], batch_generator(42, step), mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+        assert not torch.equal(images, seen["input"])
+        assert torch.equal(seen["mixed"].inputs, seen["mixed"].apply(images))
 
 
 def test_off_epoch_and_prob(train, steps):
