@@ -19,6 +19,7 @@ SCRIPTS = (
     ("cifar10", True),
     ("figure_3_2", True),
     ("step_time", True),
+    ("mixup", True),
     ("kvzip_quality", False),
     ("kvzip_variants", False),
     ("kvzip_speed", False),
@@ -28,6 +29,8 @@ SCRIPTS = (
     ("relation_outliers", True),
     ("relation_after_cleaning", True),
     ("relation_speed", True),
+    ("condense", True),
+    ("condense_speed", True),
 )
 
 

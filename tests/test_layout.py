@@ -101,7 +101,8 @@ def test_import_is_light(command):
 
 def test_core_imports_without_numba_and_hosts():
     code = (
-        f"import sys; import dataopt.core.mixup; print(sorted({HOSTS | {'numba', 'torchvision'}!r} & set(sys.modules)))"
+        "import sys; import dataopt.core.mixup, dataopt.core.condense; "
+        f"print(sorted({HOSTS | {'numba', 'torchvision'}!r} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from ..cleanable import CleanableDataset, weighted_loss
     from ..saliency_maps import as_tv_tensors
     from ..snapshots import read_snapshots
+    from .condensed import is_condensed, load_condensed, push_condensed, read_condensed, save_condensed
+    from .condensed_images import decode_condensed
     from .data import add_saliency
     from .datalab import register_relation_issue
     from .features import ModelOutputs, model_outputs
@@ -27,12 +29,18 @@ __all__ = [
     "add_saliency",
     "as_tv_tensors",
     "clean_dataset",
+    "decode_condensed",
+    "is_condensed",
+    "load_condensed",
     "load_relation_scores",
     "mixup_trainer",
     "model_outputs",
+    "push_condensed",
     "push_relation_scores",
+    "read_condensed",
     "read_snapshots",
     "register_relation_issue",
+    "save_condensed",
     "save_relation_scores",
     "weighted_loss",
 ]
@@ -48,12 +56,18 @@ _MODULES = {
     "add_saliency": ".data",
     "as_tv_tensors": "..saliency_maps",
     "clean_dataset": ".relation",
+    "decode_condensed": ".condensed_images",
+    "is_condensed": ".condensed",
+    "load_condensed": ".condensed",
     "load_relation_scores": ".scores",
     "mixup_trainer": ".mixup",
     "model_outputs": ".features",
+    "push_condensed": ".condensed",
     "push_relation_scores": ".scores",
+    "read_condensed": ".condensed",
     "read_snapshots": "..snapshots",
     "register_relation_issue": ".datalab",
+    "save_condensed": ".condensed",
     "save_relation_scores": ".scores",
     "weighted_loss": "..cleanable",
 }
@@ -66,7 +80,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_MODULES[name], __name__), name)
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]
-        if missing not in ("datasets", "PIL", "huggingface_hub", "transformers", "xxhash", "cleanlab"):
+        if missing not in ("datasets", "pyarrow", "PIL", "huggingface_hub", "transformers", "xxhash", "cleanlab"):
             raise
         extra = "clean" if missing == "cleanlab" else "hf"
         raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[{extra}]'", name=e.name) from e

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find(
@@ -121,7 +121,7 @@ def _checksum(record: Any) -> str:
 def base_model(model: PreTrainedModel) -> str | None:
     """The Hub id that the model was loaded from; None where it came from a folder or a config."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    return name if _REPO_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if REPO_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def card(title: str, body: str, tags: Sequence[str], base: str | None) -> str:

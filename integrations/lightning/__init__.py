@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..cleanable import CleanableDataset, weighted_loss
     from ..snapshots import read_snapshots
+    from .condensed import CondensedDataModule
     from .label_cleaning import LabelCleaningCallback
     from .mixup import CoMixupCallback, PuzzleMixCallback
 
 __all__ = [
     "CleanableDataset",
     "CoMixupCallback",
+    "CondensedDataModule",
     "LabelCleaningCallback",
     "PuzzleMixCallback",
     "read_snapshots",
@@ -21,6 +23,7 @@ __all__ = [
 _MODULES = {
     "CleanableDataset": "..cleanable",
     "CoMixupCallback": ".mixup",
+    "CondensedDataModule": ".condensed",
     "LabelCleaningCallback": ".label_cleaning",
     "PuzzleMixCallback": ".mixup",
     "read_snapshots": "..snapshots",

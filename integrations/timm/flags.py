@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
+from . import condensed
 from .options import METHODS, add_arguments, check_options, mixup_value, read_config, stop
 
 # timm's flags: name, type (None: a switch), default, and nargs where a flag takes several values
@@ -66,6 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N")
     group.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
     group.add_argument("-j", "--workers", type=int, default=4, metavar="N")
+    condensed.add_arguments(parser)
     add_arguments(parser)
 
     config = parser.parse_known_args(argv)[0].config
@@ -80,6 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         stop(f"this loop does not know {' '.join(unknown)}; if that is a flag of timm's train.py, give the script with "
              "--train-script PATH")  # fmt: skip
+    condensed.adopt(args)
     args.data_dir = args.data_dir or args.data
     prefix = args.dataset.partition("/")[0].lower() if "/" in args.dataset else ""
     if not prefix and not (args.data_dir and os.path.exists(args.data_dir)):

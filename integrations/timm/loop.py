@@ -25,6 +25,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
+from .condensed import with_condensed
 from .flags import parse
 from .options import METHODS, stop, task_settings
 from .task import TASKS, MixTask
@@ -179,12 +180,13 @@ def _loaders(args: argparse.Namespace, config: dict[str, Any], accelerator: Any)
             label_smoothing=args.smoothing,
             num_classes=args.num_classes,
         )
+    create = with_condensed(create_dataset, args)
     loaders: list[Any] = []
     for training, split in ((True, args.train_split), (False, args.val_split)):
         if not split:
             loaders.append(None)
             continue
-        dataset = create_dataset(
+        dataset = create(
             args.dataset, root=args.data_dir, split=split, is_training=training, class_map=args.class_map,
             download=args.dataset_download, batch_size=args.batch_size, seed=args.seed, input_key=args.input_key,
             target_key=args.target_key, input_img_mode="RGB" if config["input_size"][0] == 3 else "L",

@@ -1,4 +1,4 @@
-"""``dataopt train``: timm training with ``--mixup puzzle`` and ``--mixup comixup``.
+"""``dataopt train``: timm training with ``--mixup puzzle`` and ``--mixup comixup``, and on condensed data sets.
 
 Runs timm's own ``train.py`` with every flag of it where one is found: ``--train-script PATH``, else
 ``$TIMM_TRAIN_SCRIPT``, else ``./train.py``. Otherwise the short loop of :mod:`.loop` runs. This
@@ -57,8 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         from .loop import main as run_loop
 
         return run_loop(rest)
+    from . import condensed  # timm is imported no earlier, for a checkout beside the script
+
     script = _load(path, method)
-    if method or (hasattr(script, "ClassificationTask") and {"-h", "--help"} & set(rest)):
+    asks = bool({"-h", "--help"} & set(rest))
+    if condensed.mentioned(rest) or (hasattr(script, "create_dataset") and asks):
+        condensed.teach(script, path)
+    if method or (hasattr(script, "ClassificationTask") and asks):
         _teach(script, path, method or METHODS[0])
     before = sys.argv
     sys.argv = [str(path), *rest]
@@ -198,7 +203,7 @@ def _criterion(args: argparse.Namespace) -> Any:
 
 def _check_mixed(task: Any, epoch: int, decided: int, mixed: int, name: str) -> None:
     """After an epoch in which batches should have been mixed: were they?"""
-    if (task.off_epoch and epoch >= task.off_epoch) or task.mixer.prob == 0:
+    if not task.mixer.active(epoch) or task.mixer.prob == 0:
         return
     decided, mixed = task.mixer.decided - decided, task.mixer.mixed - mixed
     if decided == 0 or (mixed == 0 and task.mixer.prob == 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from .integrations.hf import clean_dataset, hub
 from .integrations.hf.features import ModelOutputs, model_outputs
 from .integrations.hf.inputs import find_inputs
 from .items import items_table
+from .out_folder import claim
 from .sources import find_labels, find_source, labels_hash, load_source, write_parquet
 
 KIND, VERSION = "dataopt-clean", 1
@@ -70,7 +70,7 @@ def main(
     source = find_source(dataset, split, config, revision)
     data = load_source(source)
     label_column = label_column or find_labels(data)
-    _claim(out, asked, resume)  # only now: a name that is not there leaves no folder behind
+    claim(out, asked, resume, "dataopt clean")  # only now: a name that is not there leaves no folder behind
 
     outputs = [
         _outputs(name, data, out / "work" / f"model-{number}", place,
@@ -155,25 +155,6 @@ def write_folder(
     for note in notes:
         print(f"Note: {note.message}.")
     return found
-
-
-def _claim(out: Path, asked: dict[str, Any], resume: bool) -> None:
-    """Make ``out`` ours: empty, or begun with the same arguments where ``resume`` says so."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
-    begun = out / "work" / "arguments.json"
-    if out.is_dir() and any(out.iterdir()):
-        if not resume:
-            raise ValueError(f"--out {out} is not empty; give another folder, or --resume to go on in it")
-        if not begun.is_file():
-            raise ValueError(f"--out {out} was not begun by dataopt clean; give another folder")
-        before = json.loads(begun.read_text())
-        other = [name for name in asked if before.get(name) != asked[name]]
-        if other:
-            raise ValueError(
-                f"--out {out} was begun with other values of {', '.join(other)}; give the same, or another folder"
-            )
-    write_whole(begun, json.dumps(asked, indent=1) + "\n")
 
 
 def _outputs(name: str, data: datasets.Dataset, folder: Path, device: torch.device, **options: Any) -> ModelOutputs:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from . import __version__, clean_cli, kvzip_cli, review_cli
+from . import __version__, clean_cli, condense_cli, kvzip_cli, review_cli
 from .refusals import extra
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 
+app.add_typer(condense_cli.app, name="condense")
 app.add_typer(kvzip_cli.app, name="kvzip")
 app.command()(clean_cli.clean)
 app.command()(review_cli.review)
@@ -31,6 +32,7 @@ class Part(StrEnum):
     all = "all"
     digits = "digits"
     clean = "clean"
+    condense = "condense"
     kvzip = "kvzip"
 
 
@@ -73,14 +75,15 @@ def demo(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Digits: runs per method.")] = 3,
 ) -> None:
-    """Train on handwritten digits with Puzzle Mix, find wrong labels among them, ask a compressed text questions."""
+    """Train on handwritten digits with Puzzle Mix, find wrong labels, condense them; question a compressed text."""
     with extra("demo"):
         wanted = [p for p in Part if p != Part.all and part in (Part.all, p)]
         # All are looked at before one runs, so that what is missing shows at once.
         if Part.kvzip in wanted:
             importlib.import_module("dataopt.smollm2").find_smollm2()
-        modules = {Part.digits: "demo", Part.clean: "demo_clean", Part.kvzip: "demo_kvzip"}
-        ready = {p: importlib.import_module(f"dataopt.{modules[p]}") for p in wanted}
+        ready = {
+            p: importlib.import_module("dataopt.demo" if p == Part.digits else f"dataopt.demo_{p}") for p in wanted
+        }
         for p in wanted:
             if p != wanted[0]:
                 typer.echo()

@@ -1,4 +1,7 @@
-"""Pictures of what a mix did, what a cache kept, how samples relate. The only module that imports matplotlib."""
+"""Pictures of what a mix did, what a cache kept, how samples relate, what a data set was condensed to.
+
+The only module that imports matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ FIRST, SECOND = "#1f6fd6", "#f58a07"  # of the first and of the second input, ev
 _SIDES = (1.3, 1.3, 1.3, 1.3, 1.3, 1.75)
 _GAP, _TITLE = 0.13, 0.4
 _GAPS = (0.09, 0.28, 0.09, 0.28, 0.28, _GAP)
-_CURVES = ("#8a8a8a", FIRST, "#d1342f")
+_CURVES = ("#8a8a8a", FIRST, "#d1342f", SECOND, "#2f8f4e")
 _SHARE = LinearSegmentedColormap.from_list("share", ["#eef3fa", "#8fb8e8", FIRST, "#0c2f66"])
 _CONFLICT = LinearSegmentedColormap.from_list("conflict", ["#b3261e", "#e8a29c", "#d9d9d9", "#8fb8e8", FIRST])
+_CHANGE = LinearSegmentedColormap.from_list("change", [SECOND, "#fbd9ad", "#ffffff", "#b5d0f2", FIRST])
 _HEAT = LinearSegmentedColormap.from_list("heat", ["#ffd21f", "#ff5a1f", "#c00020"])
 
 
@@ -81,19 +85,19 @@ def show_curves(panels: Mapping[str, Mapping[str, Curve]], x_label: str) -> Figu
     """Panels side by side, each with one curve per method, in the same colours.
 
     Args:
-        panels: title to method (at most three) to points.
+        panels: title to method (at most five) to points.
         x_label: below every panel.
     """
     figure = Figure(figsize=(2.9 * len(panels), 2.9), facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
-        for (method, (x, y)), colour, marker in zip(curves.items(), _CURVES, "^so", strict=False):
+        for (method, (x, y)), colour, marker in zip(curves.items(), _CURVES, "^soDv", strict=False):
             ax.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel(x_label)
         _plain(ax)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(panels)), frameon=False)
     return figure
 
 
@@ -222,6 +226,62 @@ def show_relation_map(
     _plain(ax)
     figure.colorbar(dots, ax=ax, label="at the last checkpoint")
     return figure
+
+
+def show_condensed(names: Sequence[str], stored: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> Figure:
+    """A contact sheet of a condensed data set: a row for each class, what is stored beside what it is decoded to.
+
+    Args:
+        names: of the classes.
+        stored, decoded: for each class (n, C, H, W) pixels in [0, 1], C being 1 or 3; all of one size.
+    """
+    return _sheets(names, {"stored": _sheet(stored), "decoded": _sheet(decoded)})
+
+
+def show_changes(names: Sequence[str], before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Figure:
+    """How images changed: before, after, and the difference, whose colours are blue for more and orange for less.
+
+    Args:
+        names: of the classes, a row each.
+        before, after: for each class (n, C, H, W) pixels in [0, 1], C being 1 or 3; all of one size.
+    """
+    change = [(b - a).mean(1) for a, b in zip(before, after, strict=True)]  # over the channels
+    most = max(1e-12, *(float(np.abs(c).max()) for c in change))
+    coloured = [np.moveaxis(_CHANGE((c / most + 1) / 2)[..., :3], -1, 1) for c in change]
+    title = f"change, up to {most:.2f}" if most >= 0.005 else "no change"
+    return _sheets(names, {"before": _sheet(before), "after": _sheet(after), title: _sheet(coloured)})
+
+
+def _sheets(names: Sequence[str], sheets: Mapping[str, np.ndarray]) -> Figure:
+    label = 0.09 * max(map(len, names)) + 0.2
+    row = 0.8 if len(names) <= 10 else 0.55
+    row *= min(1.0, (15 - label) / sum(row * len(names) * s.shape[1] / s.shape[0] for s in sheets.values()))
+    height = row * len(names)
+    widths = [max(height * s.shape[1] / s.shape[0], 0.09 * len(title)) for title, s in sheets.items()]
+    size = (sum(widths) + 0.2 * len(widths) + label, height + 0.4)
+    figure = Figure(figsize=size, facecolor="white", layout="constrained")
+    axes = figure.subplots(1, len(sheets), squeeze=False, width_ratios=widths)[0]
+    for ax, (title, sheet) in zip(axes, sheets.items(), strict=True):
+        ax.imshow(sheet, interpolation="nearest")
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set(xticks=[], yticks=[], anchor="W")
+        ax.spines[:].set_visible(False)
+    step = len(sheets[next(iter(sheets))]) / len(names)
+    axes[0].set_yticks((np.arange(len(names)) + 0.5) * step - 0.5, names, fontsize=9)
+    axes[0].tick_params(length=0)
+    return figure
+
+
+def _sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """(h, w, 3): the images of each row beside each other, white between them."""
+    height, width = rows[0].shape[2:]
+    gap, columns = max(1, round(min(height, width) / 16)), max(map(len, rows))
+    out = np.ones((len(rows) * (height + gap), columns * (width + gap), 3))
+    for r, images in enumerate(rows):
+        for c, pixels in enumerate(images):
+            top, left = r * (height + gap), c * (width + gap)
+            out[top : top + height, left : left + width] = np.moveaxis(pixels, 0, -1)  # grey is copied to three
+    return out.clip(0, 1)
 
 
 def show_reliability(

@@ -58,6 +58,15 @@ def _one_split(name: str, names: Sequence[str], split: str | None) -> str:
     return split
 
 
+def split_names(source: Mapping[str, Any]) -> list[str]:
+    """The splits that there are where a source was found; none for files and for saved data without splits."""
+    if source["kind"] in ("hub", "folder"):
+        name, revision = source["name"], source.get("revision")
+        return list(datasets.get_dataset_split_names(name, source.get("config"), revision=revision))
+    listed = Path(source["name"]) / "dataset_dict.json" if source["kind"] == "disk" else None
+    return json.loads(listed.read_text())["splits"] if listed is not None and listed.exists() else []
+
+
 def load_source(source: Mapping[str, Any]) -> datasets.Dataset:
     """The data set that a record's ``source`` names.
 

@@ -1,0 +1,240 @@
+"""How well networks train on a condensed set, beside what the same storage gives otherwise (thesis section 6.5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .augment import Augment
+from .condensed import Condensed
+from .formation import MultiFormation
+from .initial import initial_images
+from .real import RealData
+from .training import BATCH, accuracy, fresh, train_on
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BASELINES = ("random", "herding", "init")
+_SOFT = " + soft labels"
+ModelFn = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracy of networks trained on one data set.
+
+    Attributes:
+        data: ``"condensed"`` or a baseline. network: name of the test network.
+        stored: images stored. shown: images trained on. steps: of training, the last of which is scored.
+        accuracies: one for each seed, in [0, 1].
+    """
+
+    data: str
+    network: str
+    stored: int
+    shown: int
+    steps: int
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over the seeds; 0 for one seed."""
+        return float(torch.tensor(self.accuracies).std()) if len(self.accuracies) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A table of scores; ``str`` prints it, in per cent.
+
+    Attributes:
+        rows: (data, network) in the order of evaluation.
+        test_images: that were classified for each.
+    """
+
+    rows: tuple[Score, ...]
+    test_images: int
+
+    def __getitem__(self, key: str | tuple[str, str]) -> Score:
+        """The row of a data set, or of a data set and a network; of the first network where none is named."""
+        data, network = (key, None) if isinstance(key, str) else key
+        for row in self.rows:
+            if row.data == data and network in (None, row.network):
+                return row
+        raise KeyError(f"{key!r}; there are {sorted({row.data for row in self.rows})}")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for each score, accuracies in [0, 1]."""
+        import pandas as pd
+
+        names = ("data", "network", "stored", "shown", "steps", "mean", "std")
+        return pd.DataFrame([{name: getattr(row, name) for name in names} for row in self.rows])
+
+    def __str__(self) -> str:
+        wide = max(len(row.data) for row in self.rows)
+        broad = max(len("network"), *(len(row.network) for row in self.rows))
+        lines = [f"{'data':{wide}}  {'network':{broad}}  stored  shown  steps  accuracy %"]
+        for r in self.rows:
+            score = f"{100 * r.mean:5.1f} ± {100 * r.std:.1f}"
+            lines.append(f"{r.data:{wide}}  {r.network:{broad}}  {r.stored:6}  {r.shown:5}  {r.steps:5}  {score}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    condensed: Condensed,
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
+    model_fn: ModelFn | Mapping[str, ModelFn],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 300,
+    epochs: int | None = None,
+    same_compute: bool = False,
+    baselines: Sequence[str] = BASELINES,
+    teacher: nn.Module | None = None,
+    augment: Augment | str | None = "auto",
+    cutmix: float = 0.5,
+    lr: float = 0.01,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Scores:
+    """Train fresh networks on the decoded set and on baselines of the same storage; test accuracy after the last step.
+
+    SGD with momentum .9, weight decay 5e-4 and batches of 64, the rate divided by 5 after 2/3 and 5/6 of the steps,
+    augmentation for each image and CutMix. Labels are hard; rows with soft labels come only beside them, as with those
+    almost any images do well.
+
+    Args:
+        condensed: to be scored.
+        train: (images, labels) that it was condensed from; baselines are taken from here.
+        test: (images, labels), pixels as those of ``train``.
+        model_fn: of a new network, or several by name, as test networks.
+        seeds: one network each; ``"random"`` and ``"herding"`` choose anew for each.
+        steps: of training. epochs: given instead: passes over each set, 1000 in the thesis for 32 x 32.
+        same_compute: with ``epochs``: all sets get the steps of as many images as are stored (Table 6.2).
+        baselines: ``"random"``, ``"herding"``, and ``"init"``, what the condensation started from.
+        teacher: a network trained on real data; adds rows with its softmax as labels, for condensed and random.
+        augment: for each image; ``"auto"`` is that of the condensation without cutout.
+        cutmix: its probability. lr: of the networks.
+        device: None is where the images of ``train`` are.
+        progress: a bar; None shows one on a terminal.
+
+    Raises:
+        ValueError: ``train`` is not what the set was condensed from; another argument outside its range.
+    """
+    _check(seeds, steps, epochs, baselines)
+    if not isinstance(model_fn, Mapping):
+        model_fn = {type(fresh(model_fn, torch.Generator().manual_seed(0))).__name__: model_fn}
+    fns = dict(model_fn)
+    if not fns:
+        raise ValueError("model_fn names no network; give one at least")
+    data = RealData(*train, mean=condensed.mean, std=condensed.std, device=device)
+    if data.shape != tuple(condensed.images.shape[1:]) or data.classes != condensed.classes:
+        raise ValueError(
+            f"train has {data.classes} classes of {data.shape}, the condensed set {condensed.classes} of "
+            f"{tuple(condensed.images.shape[1:])}; give the images that it was condensed from"
+        )
+    source = condensed.made.get("source", {}).get("sha256")
+    if "init" in baselines and source is not None and source != data.sha256:
+        raise ValueError(
+            f"train has the checksum {data.sha256[:16]}, the condensed set was made from {source[:16]}; give the same "
+            "images and labels, or baselines=('random', 'herding')"
+        )
+    try:
+        held = RealData(*test, mean=data.mean, std=data.std, device=data.device, complete=False)
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"test: {e}") from e
+    chosen = training_augment(condensed) if isinstance(augment, str) else augment
+    names = ["condensed", *baselines]
+    if teacher is not None:
+        names += [name + _SOFT for name in ("condensed", "random")]
+    rows = []
+    total = len(names) * len(fns) * len(seeds)
+    disable = None if progress is None else not progress
+    with tqdm(total=total, desc="evaluating", unit="network", disable=disable) as bar:
+        for name in names:
+            right: dict[str, list[float]] = {network: [] for network in fns}
+            for seed in seeds:
+                g = torch.Generator().manual_seed(seed)
+                x, y = _images(name.removesuffix(_SOFT), condensed, data, g, next(iter(fns.values())))
+                x = data.normalise(x)
+                count = _steps(len(x), len(condensed.images), steps, epochs, same_compute)
+                target = _soft(teacher, x) if teacher is not None and name.endswith(_SOFT) else y
+                for network, fn in fns.items():
+                    g = torch.Generator().manual_seed(seed)
+                    net = fresh(fn, g).to(data.device)
+                    train_on(net, _indexed(x), target, count, augment=chosen, cutmix=cutmix, lr=lr, generator=g)
+                    right[network].append(accuracy(net, held, held.labels.to(data.device)))
+                    bar.update()
+            stored = len(condensed.images)
+            rows += [Score(name, network, stored, len(x), count, tuple(found)) for network, found in right.items()]
+    return Scores(tuple(rows), len(held.labels))
+
+
+def _check(seeds: Sequence[int], steps: int, epochs: int | None, baselines: Sequence[str]) -> None:
+    if not len(seeds):
+        raise ValueError("seeds is empty; give one seed for each network to train")
+    if steps < 1 or (epochs is not None and epochs < 1):
+        raise ValueError(f"steps={steps} and epochs={epochs} must be at least 1")
+    for name in baselines:
+        if name not in BASELINES:
+            raise ValueError(f"baselines has {name!r}; choose from {', '.join(BASELINES)}")
+
+
+def _images(
+    name: str, condensed: Condensed, data: RealData, generator: torch.Generator, model_fn: ModelFn
+) -> tuple[Tensor, Tensor]:
+    """Pixels and class ids to train on, on the device of ``data``."""
+    device = data.device
+    if name == "condensed":
+        x, y = condensed.decode()
+        return x.to(device), y.to(device)
+    per_class = int(condensed.labels.bincount().max())
+    form = MultiFormation(1)
+    if name == "init":
+        made = condensed.made
+        if "init" not in made or "seed" not in made:
+            raise ValueError(
+                "the condensed set does not say what it started from; give baselines=('random', 'herding')"
+            )
+        generator, form = torch.Generator().manual_seed(int(made["seed"])), condensed.formation
+        name = str(made["init"])
+        stored = initial_images(data, per_class, name, MultiFormation(form.factor, form.axes), generator, model_fn)
+    else:
+        stored = initial_images(data, per_class, name, form, generator, model_fn)
+    y = torch.arange(data.classes, device=device).repeat_interleave(per_class)
+    return form(stored), form.labels(y)
+
+
+def _steps(shown: int, stored: int, steps: int, epochs: int | None, same_compute: bool) -> int:
+    if epochs is None:
+        return steps
+    return epochs * -(-(stored if same_compute else shown) // BATCH)
+
+
+def training_augment(condensed: Condensed) -> Augment | None:
+    """What networks on a condensed set train with: the augmentation that it was made with, without cutout."""
+    made = condensed.made.get("augment", {})
+    if made is None:
+        return None
+    crop = made.get("crop", 0.125)
+    return Augment(made.get("colour", True), tuple(crop) if isinstance(crop, list) else crop, cutout=0)
+
+
+@torch.no_grad()
+def _soft(teacher: nn.Module, x: Tensor) -> Tensor:
+    teacher.eval()
+    return torch.cat([teacher(part).softmax(1) for part in x.split(256)])
+
+
+def _indexed(x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: x[rows.to(x.device)]

@@ -1,0 +1,93 @@
+"""Tensors and a JSON record that belong together: written whole, read only as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..artifacts import write_whole
+
+VERSION = 1
+
+
+def write(folder: Path, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write ``name-*.safetensors``, then ``name.json``, which names it, then remove older tensors of that name.
+
+    A kill at any moment leaves the old pair or the new one.
+
+    Raises:
+        OSError: the disk is full or the folder is read-only; what was there before stays.
+    """
+    record = json.loads(json.dumps(record))
+    text = json.dumps(record, sort_keys=True)
+    content = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"record": text})
+    digest = hashlib.sha256(content).hexdigest()
+    target = folder / f"{name}-{digest[:16]}.safetensors"
+    write_whole(target, content)
+    files = {"file": target.name, "bytes": len(content), "sha256": digest}
+    write_whole(folder / f"{name}.json", json.dumps({"format": VERSION, "tensors": files, "record": record}, indent=1))
+    for old in folder.glob(f"{name}-*.safetensors"):
+        if old != target and _is_ours(old.name, name):
+            old.unlink()
+
+
+def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write` wrote.
+
+    Raises:
+        FileNotFoundError: no such record.
+        ValueError: a file that is damaged, cut short or changed; the message says what differs.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {path.name}; give the folder that was saved to")
+    try:
+        content = json.loads(path.read_bytes())
+        files, record = content["tensors"], content["record"]
+        file, size, digest = files["file"], files["bytes"], files["sha256"]
+        version = content["format"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{path} is damaged or none of ours ({type(e).__name__}: {e}); save or download it again"
+        ) from e
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has format {version!r:.40} where this dataopt reads {VERSION}; use the dataopt it names"
+        )
+    if not isinstance(file, str) or not _is_ours(file, name) or not isinstance(record, dict):
+        raise ValueError(f"{path} names {file!r:.80} as its file of tensors, which no save does; download it again")
+    target = folder / file
+    if not target.is_file():
+        raise ValueError(f"{folder} lacks {file}, which {path.name} names; download it again")
+    if target.stat().st_size != size:
+        raise ValueError(f"{target} has {target.stat().st_size} bytes where {path.name} says {size}; download it again")
+    with target.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{target} has the checksum {found[:16]} where {path.name} says {digest!r:.18}; download it again"
+        )
+    try:
+        with safe_open(target, "pt") as tensors:
+            stored = json.loads((tensors.metadata() or {})["record"])
+            out = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{target} is damaged ({type(e).__name__}: {e}); download it again") from e
+    for key in sorted(stored.keys() | record.keys()):
+        if stored.get(key) != record.get(key):
+            raise ValueError(
+                f"{path} says {key}={record.get(key)!r:.60} where {file} was saved with {stored.get(key)!r:.60}; "
+                "download it again"
+            )
+    return out, record
+
+
+def _is_ours(file: str, name: str) -> bool:
+    return re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\.safetensors", file, re.ASCII) is not None
