@@ -271,9 +271,9 @@ def table_of(run: common.Run, rows: Sequence[str], speech: bool = False) -> str:
         prefix = f"speech: {row}, seed " if speech else f"{row}, seed "
         cells = [cell for key, cell in run.cells.items() if key.startswith(prefix)]
         if cells:
-            columns = [[cell[name] for cell in cells if name in cell] for name in measures]
+            columns = [[cell[name] for cell in cells] for name in measures]
             *errors, seconds, processor = columns
-            times = [f"{np.mean(c):.0f}" if c else "" for c in (seconds, processor)]
+            times = [f"{np.mean(c):.0f}" for c in (seconds, processor)]
             lines.append([row, cells[0]["epochs"], len(cells), *map(spread, errors), *times])
     return common.table(["method", "epochs", "seeds", *(MEASURES[name] for name in measures)], lines)
 

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ NAMES = (
     "comixup_time",
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
-    "relation_speed",
+    *("relation_speed", "mixup_methods", "mixup"),
 )
 
 
@@ -303,3 +304,51 @@ def test_the_textbook_form_must_agree(scripts, monkeypatch):
     monkeypatch.setattr(speed, "textbook", lambda given: textbook(given, temperature=3))
     with pytest.raises(RuntimeError, match="differ by"):
         speed.against_textbook(400)
+
+
+def test_mixup(run, folder, results):
+    cells, text = run("mixup", "--data", str(folder))
+    assert cells["Puzzle Mix, half the epochs, seed 0"]["epochs"] * 2 == cells["Puzzle Mix, seed 0"]["epochs"] == 2
+    assert all(0 <= cells["plain, seed 0"][name] <= 100 for name in ("error", "fgsm", "pgd", "ece", "corruption"))
+    figure = cells["Figure 4.2"]
+    assert figure["input mixup"]["saliency"] == pytest.approx(1, abs=1e-3)
+    assert figure["Co-Mixup 1.0"]["inputs"] >= figure["Co-Mixup 0.83"]["inputs"] >= 1
+    assert "Table 4.4" in text and "Cells that have run" in text
+    for name in ("reliability", "figure_4_2"):
+        assert Image.open(results / f"mixup_{name}.png").format == "PNG"
+    assert run("mixup", "--data", str(results)) == (cells, text)  # the kept cells need no data
+
+
+def test_mixes_of_several_inputs_have_the_labels_of_what_they_show(scripts):
+    methods = scripts["mixup_methods"]
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.zeros(len(x), 10, requires_grad=True)
+
+    y = torch.arange(8)
+    x = y.view(-1, 1, 1, 1).expand(8, 3, 32, 32).float()  # every pixel says whose it is
+    losses = []
+    original = methods.F.cross_entropy
+    methods.F.cross_entropy = lambda logits, target: losses.append(target) or original(logits, target)
+    try:
+        for inputs in (2, 3, 4):
+            row = methods.Row("CutMix", {"inputs": inputs, "alpha": 1.0})
+            methods.cutmix(row, None, Model(), 0)(x, y)
+            shown = torch.stack([(seen[-1][:, 0] == k).float().mean((1, 2)) for k in range(10)], 1)
+            assert torch.allclose(losses[-1], shown, atol=1e-6)
+            row = methods.Row("input mixup", {"inputs": inputs, "alpha": 1.0})
+            methods.input_mixup(row, None, Model(), 0)(x, y)
+            assert torch.allclose(losses[-1] @ torch.arange(10.0), seen[-1][:, 0, 0, 0], atol=1e-5)
+            assert torch.allclose(losses[-1].sum(1), torch.ones(8))
+    finally:
+        methods.F.cross_entropy = original
+
+
+def test_no_mixup_cell_is_begun_without_time(run, results, folder, scripts):
+    run("mixup", "--data", str(folder))
+    mixup = scripts["mixup"]
+    stored = types.SimpleNamespace(args=types.SimpleNamespace(quick=False), store=lambda *a: pytest.fail("ran"))
+    mixup.run_cells(stored, {"a": (print, ())}, minutes=0, workers=1)

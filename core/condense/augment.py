@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,11 @@ class Augment:
         if "cutout" in draw:
             x = x * _kept(draw["cutout"], (x.shape[2], x.shape[3]), self.cutout).to(x.dtype)
         return x
+
+
+def without_cutout(augment: Augment | None) -> Augment | None:
+    """What networks train with: CutMix takes the place of cutout."""
+    return None if augment is None else replace(augment, cutout=0)
 
 
 def _colour(x: Tensor, u: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Checkpoints:
         Raises:
             ValueError: of other settings or data, or damaged.
         """
-        others = [p.name for p in self.folder.glob("checkpoint-*of*.json") if f"of{self.world}" not in p.name]
+        there = (re.fullmatch(r"checkpoint-\d+of(\d+)(-[ab])?\.json", p.name) for p in self.folder.glob("checkpoint-*"))
+        others = sorted(m[0] for m in there if m and int(m[1]) != self.world)
         if others:
             raise ValueError(
                 f"resume={str(self.folder)!r} holds {others[0]}, of another number of processes; start as many as "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import Augment
+from .augment import Augment, without_cutout
 from .checkpoint import Checkpoints
 from .condensed import Condensed
 from .formation import AXES, MODES, MultiFormation
@@ -149,13 +150,17 @@ class Condenser:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
         if self.factor != "auto":
             MultiFormation(self.factor, self.axes)  # type: ignore[arg-type]
-        whole = ("images_per_class", "bound", "real_batch", "synthetic_batch", "repeats", "inner", "checkpoint_every")
-        for name in whole:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.steps < 1:
+        if isinstance(self.steps, int) and self.steps < 1:
             raise ValueError(f"steps={self.steps} is a budget too short for one step; give at least 1")
+        counts = ("steps", "images_per_class", "bound", "real_batch", "synthetic_batch", "repeats", "inner")
+        least = dict.fromkeys((*counts, "checkpoint_every"), 1)
+        least |= dict.fromkeys(("network_steps", "early_steps", "factor_steps", "bank_bytes"), 0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value} must be a whole number of at least {low}")
         for name in ("lr", "network_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -200,14 +205,15 @@ class Condenser:
                 than the image; checkpoints of other settings or data, or damaged ones.
             OSError: a checkpoint could not be written; the one before it stays.
         """
-        began = time.monotonic()
         settings = self._resolved()
         dtype = _dtype(self.model_fn)
         data = RealData(images, labels, mean=self.mean, std=self.std, device=self.device, dtype=dtype)
         if settings.lr is None:
             settings.lr = _released_rate(self.images_per_class, data.size)
-        if label_names is not None and len(label_names) < data.classes:
-            raise ValueError(f"label_names has {len(label_names)} names for {data.classes} classes")
+        if label_names is not None and len(label_names) != data.classes:
+            empty = label_names[data.classes :]
+            what = f": {empty[0]!r} has no image; leave it out" if empty else ""
+            raise ValueError(f"label_names has {len(label_names)} names for the {data.classes} classes of labels{what}")
         rank, world = _processes(data.classes)
         with own_random(self.seed, data.device):
             settings._check_network(data)
@@ -240,7 +246,7 @@ class Condenser:
             losses = total.cpu()
         self.losses, self.initial = losses, run.initial.detach().float().cpu()
         made = settings._made(data) | {
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(run.seconds, 1),
             "loss": float(losses[-10:].mean()),
         }
         y = torch.arange(data.classes).repeat_interleave(self.images_per_class)
@@ -278,7 +284,7 @@ class Condenser:
             for seed in range(2):
                 g = torch.Generator().manual_seed(seed)
                 net = fresh(self.model_fn, g).to(data.device)
-                train_on(net, _rows_of(x), own, 150, augment=_network_augment(self._augment()), generator=g)
+                train_on(net, _rows_of(x), own, 150, augment=without_cutout(self._augment()), generator=g)
                 right.append(accuracy(net, lambda rows: data(held[rows]), y))
             scores[factor] = sum(right)
         if not scores:
@@ -328,15 +334,23 @@ class Condenser:
     def _check_network(self, data: RealData) -> None:
         if self.factor != "auto":
             MultiFormation(self.factor, self.axes).check(data.size)  # type: ignore[arg-type]
-        net = fresh(self.model_fn, torch.Generator().manual_seed(0)).to(data.device)
+        net = _any_network(self.model_fn).to(data.device)
         if self.objective == "gradients":
             matched_layers(net, self.layers)
-        two = torch.zeros(1, dtype=torch.long).expand(2)
-        with torch.no_grad():
-            logits = net(data(two))
-        if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < data.classes:
+        factor = 1 if self.factor == "auto" else self.factor
+        form = MultiFormation(factor, self.axes, self.formation, self.bound)  # type: ignore[arg-type]
+        count = min(sum(form.counts(self.images_per_class)), self.synthetic_batch)
+        try:
+            with torch.no_grad():
+                logits = net(data(torch.zeros(1, dtype=torch.long).expand(count)))
+        except ValueError as e:  # of batch statistics
             raise ValueError(
-                f"model_fn's network gives {tuple(logits.shape)} for two images; give logits (2, K) of "
+                f"model_fn's network does not take the {count} images of a class ({e}); give more images_per_class, "
+                "or a network without batch statistics"
+            ) from e
+        if logits.ndim != 2 or len(logits) != count or logits.shape[1] < data.classes:
+            raise ValueError(
+                f"model_fn's network gives {tuple(logits.shape)} for {count} images; give logits ({count}, K) of "
                 f"K = {data.classes} classes or more"
             )
 
@@ -347,7 +361,7 @@ class Condenser:
         made["augment"] = None if self.augment is None else dataclasses.asdict(self.augment)  # type: ignore[arg-type]
         made["factors"] = list(self.factors)
         made["pretrained"] = len(self.pretrained or ())
-        net = fresh(self.model_fn, torch.Generator().manual_seed(0))
+        net = _any_network(self.model_fn)
         made["network"] = type(net).__name__
         made["parameters"] = sum(p.numel() for p in net.parameters())
         made["source"] = {"images": len(data.labels), "shape": list(data.shape), "sha256": data.sha256,
@@ -355,13 +369,16 @@ class Condenser:
         made["versions"] = {"torch": torch.__version__}
         with suppress(importlib.metadata.PackageNotFoundError):
             made["versions"]["dataopt"] = importlib.metadata.version("dataopt")
-        return made
+        return json.loads(json.dumps(made))  # as it is read back: lists for tuples
 
     def _fingerprint(self, data: RealData) -> dict[str, Any]:
         made = self._made(data)
+        shapes = [(name, list(p.shape)) for name, p in _any_network(self.model_fn).named_parameters()]
         return {name: value for name, value in made.items() if name not in (*_LOOSE, "versions")} | {
             "mean": list(data.mean),
             "std": list(data.std),
+            "layers of the network": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+            "pretrained weights": [_digest(weights) for weights in self.pretrained or ()],
         }
 
 
@@ -374,8 +391,12 @@ def _processes(classes: int) -> tuple[int, int]:
 
 
 def _dtype(model_fn: Callable[[], nn.Module]) -> torch.dtype:
-    model = fresh(model_fn, torch.Generator().manual_seed(0))
-    return next((p.dtype for p in model.parameters()), torch.float32)
+    return next((p.dtype for p in _any_network(model_fn).parameters()), torch.float32)
+
+
+def _any_network(model_fn: Callable[[], nn.Module]) -> nn.Module:
+    """To look at; torch's own random state stays as it is."""
+    return fresh(model_fn, torch.Generator().manual_seed(0))
 
 
 def _released_rate(images_per_class: int, size: tuple[int, int]) -> float:
@@ -384,8 +405,11 @@ def _released_rate(images_per_class: int, size: tuple[int, int]) -> float:
     return 0.005 * images_per_class / 10 * (side / (32 if side <= 64 else 224)) ** 2
 
 
-def _network_augment(augment: Augment | None) -> Augment | None:
-    return None if augment is None else dataclasses.replace(augment, cutout=0)
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, t in sorted(weights.items()):
+        found.update(name.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _rows_of(x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import Augment
+from .augment import Augment, without_cutout
 from .condensed import Condensed
 from .formation import MultiFormation
 from .initial import initial_images
@@ -171,7 +171,7 @@ def evaluate(
                 target = _soft(teacher, x) if teacher is not None and name.endswith(_SOFT) else y
                 for network, fn in fns.items():
                     g = torch.Generator().manual_seed(seed)
-                    net = fresh(fn, g).to(data.device)
+                    net = fresh(fn, g).to(data.device, torch.float32)
                     train_on(net, _indexed(x), target, count, augment=chosen, cutmix=cutmix, lr=lr, generator=g)
                     right[network].append(accuracy(net, held, held.labels.to(data.device)))
                     bar.update()
@@ -208,6 +208,13 @@ def _images(
             )
         generator, form = torch.Generator().manual_seed(int(made["seed"])), condensed.formation
         name = str(made["init"])
+        if name == "herding":
+            net = fresh(model_fn, torch.Generator().manual_seed(0))
+            if (type(net).__name__, sum(p.numel() for p in net.parameters())) != (made["network"], made["parameters"]):
+                raise ValueError(
+                    f"the condensed set started from what herding chose with {made['network']} of {made['parameters']} "
+                    "parameters; give that as the first model_fn, or baselines=('random', 'herding')"
+                )
         stored = initial_images(data, per_class, name, MultiFormation(form.factor, form.axes), generator, model_fn)
     else:
         stored = initial_images(data, per_class, name, form, generator, model_fn)
@@ -226,14 +233,17 @@ def training_augment(condensed: Condensed) -> Augment | None:
     made = condensed.made.get("augment", {})
     if made is None:
         return None
-    crop = made.get("crop", 0.125)
-    return Augment(made.get("colour", True), tuple(crop) if isinstance(crop, list) else crop, cutout=0)
+    return without_cutout(Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items()}))
 
 
 @torch.no_grad()
 def _soft(teacher: nn.Module, x: Tensor) -> Tensor:
+    training = teacher.training
     teacher.eval()
-    return torch.cat([teacher(part).softmax(1) for part in x.split(256)])
+    try:
+        return torch.cat([teacher(part).softmax(1) for part in x.split(256)])
+    finally:
+        teacher.train(training)
 
 
 def _indexed(x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -86,7 +86,7 @@ class Gradients:
 
     def __init__(self, model: nn.Module, layers: str = "conv"):
         self.names = matched_layers(model, layers)
-        self.grouped = isinstance(model, ConvNet) and layers == "conv"
+        self.grouped = type(model) is ConvNet and layers == "conv"  # a subclass may have a forward of its own
 
     def real(self, forward: Forward, model: nn.Module, x: Tensor, c: int) -> tuple[list[Tensor], list[Tensor] | None]:
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -140,6 +140,8 @@ class Features:
 
     def __init__(self, model: nn.Module):
         last_linear(model)
+        # statistics of a batch would mix the classes
+        self.alone = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
     def real(self, forward: Forward, model: nn.Module, x: Tensor, c: int) -> tuple[list[Tensor], list[Tensor] | None]:
         with torch.no_grad(), inputs_of(last_linear(model)) as seen:
@@ -149,6 +151,13 @@ class Features:
     def match(
         self, model: nn.Module, params: Params, xs: Tensor, classes: Sequence[int], real: Sequence[Tensor], metric: str
     ) -> tuple[Tensor, Tensor]:
+        if self.alone and len(xs) > 1:
+            found = [
+                self.match(model, params, xs[i : i + 1], classes[i : i + 1], [r[i : i + 1] for r in real], metric)
+                for i in range(len(xs))
+            ]
+            losses, slopes = zip(*found, strict=True)
+            return torch.cat(losses), torch.cat(slopes)
         xs = xs.detach().requires_grad_()
         with inputs_of(last_linear(model)) as seen:
             functional_call(model, dict(params), (xs.flatten(0, 1),))

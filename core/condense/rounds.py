@@ -8,6 +8,8 @@ with rate r and momentum m are one step for all classes with rate r (1 - m^C) / 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .augment import Augment
+from .augment import Augment, without_cutout
 from .formation import MultiFormation
-from .matching import Features, Gradients, Objective
+from .matching import GROUPED, Features, Gradients, Objective
 from .real import RealData, Strata
 from .training import BATCH, fresh, sgd, training_step
 
@@ -86,6 +88,18 @@ class Run:
         self.free: list[Tensor] = []  # gradients for the network's step at the end of the round
         self.steps, self.rounds, self.within = 0, 0, 0  # within: steps since the round began
         self.losses: list[float] = []
+        self.began = time.monotonic()
+        dropping = next((name for name, m in self.net.named_modules() if _drops(m)), None)
+        if self.world > 1 and dropping is not None:
+            raise ValueError(
+                f"model_fn's network has the dropout {dropping!r}, which draws differently in {self.world} processes; "
+                "start one process, or build the network without"
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, sessions before a resume included."""
+        return time.monotonic() - self.began
 
     def _image_optimiser(self) -> torch.optim.Optimizer:
         s = self.settings
@@ -170,28 +184,33 @@ class Run:
 
     def _image_step(self, look: Look) -> float:
         s = self.settings
-        formed = self._formed(slice(self.rank, None, self.world))
-        if formed.shape[1] > s.synthetic_batch:
-            formed = formed[:, torch.randperm(formed.shape[1], generator=self.generator)[: s.synthetic_batch]]
-        x = self.data.normalise(formed.flatten(0, 1))
-        if len(look.draws) > 1:
-            parts = x.split(formed.shape[1])
-            x = torch.cat([self._augmented(part, look.draws, c) for part, c in zip(parts, self.mine, strict=True)])
-        else:
-            x = self._augmented(x, look.draws, 0)
-        losses, slopes = self.objective.match(
-            self.net, look.params, x.detach().unflatten(0, formed.shape[:2]), self.mine, look.targets, s.metric
-        )
+        count = sum(self.formation.counts(s.images_per_class))  # of a class
+        shown = None
+        if count > s.synthetic_batch:
+            shown = torch.randperm(count, generator=self.generator)[: s.synthetic_batch]
+        at_once = len(self.mine) if min(count, s.synthetic_batch) <= GROUPED else 1  # many need memory, not company
         self.optimiser.zero_grad()
-        x.backward(slopes.flatten(0, 1))  # decoding and augmentation are affine: one product with their transpose
+        total = 0.0
+        for start in range(0, len(self.mine), at_once):
+            classes = self.mine[start : start + at_once]
+            formed = self._formed(classes)
+            formed = formed if shown is None else formed[:, shown]
+            parts = [
+                self._augmented(self.data.normalise(x), look.draws, c) for x, c in zip(formed, classes, strict=True)
+            ]
+            x = torch.stack(parts)
+            targets = [t[start : start + at_once] for t in look.targets]
+            losses, slopes = self.objective.match(self.net, look.params, x.detach(), classes, targets, s.metric)
+            x.backward(slopes)  # decoding and augmentation are affine: one product with their transpose
+            total += float(losses.double().sum())
         self.optimiser.step()
         if s.preset != "released":
             self._clamp()
-        return float(losses.double().sum())
+        return total
 
-    def _formed(self, classes: slice) -> Tensor:
+    def _formed(self, classes: Sequence[int]) -> Tensor:
         """(G, n', C, H, W) images of some classes."""
-        own = self.stored.unflatten(0, (self.data.classes, -1))[classes]
+        own = self.stored.unflatten(0, (self.data.classes, -1))[list(classes)]
         if self.formation.mode == "bound":  # which is for each class
             return torch.stack([self.formation(images) for images in own])
         return self.formation(own.flatten(0, 1)).unflatten(0, (len(own), -1))
@@ -219,10 +238,10 @@ class Run:
         if s.match == "synthetic":
             self._share()
             with torch.no_grad():
-                formed = self._formed(slice(None))
+                formed = self._formed(range(self.data.classes))
                 images = self.data.normalise(formed.flatten(0, 1))
             labels = torch.arange(len(formed)).repeat_interleave(formed.shape[1])
-        augment = None if self.augment is None else Augment(self.augment.colour, self.augment.crop, cutout=0)
+        augment = without_cutout(self.augment)
         for rows in _rows(len(labels), count, g):
             x = self.data(rows) if images is None else images[rows.to(device)]
             training_step(self.forward, self.net_optimiser, x, labels[rows].to(device), augment, s.cutmix, g,
@@ -271,7 +290,8 @@ class Run:
             }
         tensors = {name: t.clone() for name, t in tensors.items()}  # shared weights are one tensor with two names
         bank = [len(look.draws) for look in self.bank]
-        return tensors, {"steps": self.steps, "rounds": self.rounds, "within": self.within, "bank": bank}
+        numbers = {"steps": self.steps, "rounds": self.rounds, "within": self.within, "seconds": self.seconds}
+        return tensors, numbers | {"bank": bank}
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         device = self.data.device
@@ -280,7 +300,7 @@ class Run:
         self.initial = tensors["initial"].to(device)
         self.generator.set_state(tensors["generator"])
         torch.set_rng_state(tensors["torch_random"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "cuda_random" in tensors:  # else saved on another device, and not bitwise
             torch.cuda.set_rng_state(tensors["cuda_random"], device)
         self.losses = tensors["losses"].tolist()
         self.net.load_state_dict(_under(tensors, "net."))
@@ -299,6 +319,13 @@ class Run:
                 )
             )
         self.steps, self.rounds, self.within = (int(record[name]) for name in ("steps", "rounds", "within"))
+        self.began = time.monotonic() - float(record["seconds"])
+
+
+def _drops(m: torch.nn.Module) -> bool:
+    """Whether a module draws at random in training: dropout, or stochastic depth."""
+    dropout = isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0
+    return dropout or bool(getattr(m, "drop_prob", 0))
 
 
 def _rows(n: int, count: int, generator: torch.Generator) -> list[Tensor]:

@@ -21,6 +21,7 @@ from .smollm2 import find_smollm2
 
 # Where the name on import is not the name on install.
 _MODULES = {
+    "pytest-xdist": "xdist",
     "scikit-learn": "sklearn",
     "scikit-image": "skimage",
     "pillow": "PIL",

@@ -222,11 +222,17 @@ def test_factor_auto_keeps_small_digits_whole():
 
 # Stopped and started again
 
+
+def batch_norm_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+
+
 RESUMED = {
     "fast": {"repeats": 4, "inner": 2},
     "released": {"preset": "released", "inner": 7, "network_steps": 2},
     "features": {"objective": "features"},
     "dropout": {"model_fn": Plain},
+    "time": {"axes": "time"},
     "small bank": {"bank_bytes": 1, "sampler": "kmeans", "real_batch": 5},
 }
 
@@ -293,6 +299,26 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"bytes where checkpoint-0of1\.json says"):
         Condenser(tiny_net, 1, 2, steps=2).fit(x, y, resume=tmp_path, progress=False)
+
+
+def test_a_checkpoint_of_another_network_or_number_of_processes_is_refused(tmp_path):
+    x, y = made()
+    weights = [tiny_net().state_dict() for _ in range(2)]
+    Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="was saved with pretrained weights="):
+        Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[1:]).fit(x, y, resume=tmp_path, progress=False)
+    (tmp_path / "checkpoint-0of1.json").rename(tmp_path / "checkpoint-0of12-a.json")
+    with pytest.raises(ValueError, match="another number of processes"):
+        Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
+
+
+def test_dropout_is_refused_with_several_processes(monkeypatch):
+    x, y = made()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match=r"has the dropout '.*', which draws differently in 2 processes"):
+        Condenser(Plain, 1, 2, steps=1).fit(x, y, progress=False)
 
 
 def _full_disk(folder: Path) -> None:
@@ -364,7 +390,10 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 
 GOOD = {"model_fn": tiny_net, "images_per_class": 1, "factor": 2}
 BAD_SETTINGS = {
-    "no images": ({"images_per_class": 0}, "images_per_class=0 must be at least 1"),
+    "half a step": ({"steps": 2.5}, "steps=2.5 must be a whole number of at least 1"),
+    "negative network steps": ({"network_steps": -3}, "network_steps=-3 must be a whole number of at least 0"),
+    "negative early steps": ({"early_steps": -1}, "early_steps=-1 must be a whole number of at least 0"),
+    "no images": ({"images_per_class": 0}, "images_per_class=0 must be a whole number of at least 1"),
     "no step": ({"steps": 0}, "steps=0 is a budget too short for one step"),
     "preset": ({"preset": "slow"}, "preset='slow' must be one of fast, released"),
     "factor": ({"factor": 0}, "factor=0 must be a whole number"),
@@ -411,10 +440,13 @@ BAD_DATA = {
     "large factor": ({"factor": 9}, X, Y, ValueError, "factor=9 is larger than the 8 x 8 images"),
     "auto": ({"factor": "auto", "factors": (9, 10)}, X, Y, ValueError, r"factors=\(9, 10\) are all larger"),
     "no convolution": ({"model_fn": flat_net}, X, Y, ValueError, "layers='conv' matches no layer of Sequential"),
-    "few outputs": ({"model_fn": lambda: tiny_net(3, 2)}, X, Y, ValueError, r"gives \(2, 2\) .* K = 3 classes"),
+    "few outputs": ({"model_fn": lambda: tiny_net(3, 2)}, X, Y, ValueError, r"gives \(\d+, 2\) .* K = 3 classes"),
     "std": ({"mean": (0, 0, 0), "std": (1, 1, 0)}, X, Y, ValueError, "std above 0"),
     "one mean": ({"mean": (0,), "std": (1,)}, X, Y, ValueError, r"one number a channel \(3\)"),
-    "names": ({}, X, Y, ValueError, "label_names has 2 names for 3 classes"),
+    "names": ({}, X, Y, ValueError, "label_names has 2 names for the 3 classes"),
+    "class without images": ({}, X[Y < 2], Y[Y < 2], ValueError, "label_names has 3 names .*: 'c' has no image"),
+    "one value a channel": (
+        {"model_fn": batch_norm_net, "factor": 1}, X, Y, ValueError, "does not take the 1 images of a class"),
     "diverging": ({"network_lr": 1e30, "steps": 60}, X, Y, ValueError, "the matching loss is (nan|inf) at step"),
 }  # fmt: skip
 
@@ -422,7 +454,7 @@ BAD_DATA = {
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data(name, tmp_path):
     settings, x, y, error, message = BAD_DATA[name]
-    names = ["a", "b"] if name == "names" else None
+    names = {"names": ["a", "b"], "class without images": ["a", "b", "c"]}.get(name)
     with pytest.raises(error, match=message):
         Condenser(**GOOD | settings).fit(x, y, label_names=names, resume=tmp_path / "state", progress=False)
     assert not list(tmp_path.rglob("*.json"))
@@ -440,5 +472,5 @@ def test_spectrograms_shift_in_time_only():
     condenser = Condenser(lambda: ConvNet(1, 2, (8, 16), 2, 4), 1, 2, axes="time", steps=2)
     x, y = made(classes=2, shape=(1, 8, 16))
     c = condenser.fit(x, y, progress=False)
-    assert c.made["augment"]["crop"] == (0, 0.125) and not c.made["augment"]["colour"]
+    assert c.made["augment"]["crop"] == [0, 0.125] and not c.made["augment"]["colour"]
     assert c.decode()[0].shape == (4, 1, 8, 16)

@@ -1,8 +1,12 @@
 """Evaluation: the rows, the steps, and scores that follow the data."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
-from dataopt.core.condense import Condensed, Condenser, ConvNet, Score, Scores, evaluate, herd
+from dataopt.core.condense import Augment, Condensed, Condenser, ConvNet, Score, Scores, evaluate, herd
+from dataopt.core.condense.evaluate import training_augment
 from torch import nn
 
 from .problem import made, tiny_net
@@ -130,3 +134,21 @@ def test_dropout_draws_from_the_seed_alone(condensed):
     torch.manual_seed(7)
     scores.append(evaluate(condensed, TRAIN, TEST, model_fn, **settings))
     assert scores[0] == scores[1] and len(set(scores[0]["condensed"].accuracies)) == 2
+
+
+def test_networks_train_with_the_whole_augmentation_but_cutout():
+    made = dataclasses.asdict(Augment(flip=True, scale=1.2, rotate=15, crop=(0, 0.1)))
+    c = Condensed(torch.rand(3, 3, 8, 8), torch.arange(3), made={"augment": json.loads(json.dumps(made))})
+    assert training_augment(c) == Augment(flip=True, scale=1.2, rotate=15, crop=(0, 0.1), cutout=0)
+
+
+def test_start_by_herding_needs_its_network():
+    c = Condenser(tiny_net, 1, 1, init="herding", steps=1).fit(*TRAIN, progress=False)
+    with pytest.raises(ValueError, match="herding chose with ConvNet of"):
+        evaluate(c, TRAIN, TEST, lambda: tiny_net(width=8), seeds=(0,), steps=2, baselines=("init",), progress=False)
+
+
+def test_the_teacher_stays_in_training_mode(condensed):
+    teacher = tiny_net().train()
+    evaluate(condensed, TRAIN, TEST, tiny_net, seeds=(0,), steps=2, baselines=(), teacher=teacher, progress=False)
+    assert teacher.training

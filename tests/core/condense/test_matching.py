@@ -75,6 +75,28 @@ def test_equal_images_have_no_loss(objective):
     assert losses.max() < 1e-20 and slopes.abs().max() < 1e-12
 
 
+def test_batch_statistics_are_those_of_a_class():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3)
+    ).double()
+    x = images(3, 4, 3, 8, 8)
+    for objective in (Gradients(net), Features(net)):
+        losses, _ = objective.match(net, params(net), x, range(3), look(net, objective, x), "mse")
+        assert losses.max() < 1e-20
+
+
+def test_a_network_of_the_users_own_forward_is_not_grouped():
+    class Halved(ConvNet):
+        def forward(self, x):
+            return super().forward(x / 2)
+
+    torch.manual_seed(0)
+    net, x = Halved(3, 3, 8, depth=2, width=4).double(), images(3, 4, 3, 8, 8)
+    match = Gradients(net)
+    assert match.match(net, params(net), x, range(3), look(net, match, x), "mse")[0].max() < 1e-20
+
+
 def test_loss_is_the_sum_of_squares_of_convolution_gradients_only():
     torch.manual_seed(0)
     net = wide_net()
