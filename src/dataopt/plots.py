@@ -294,7 +294,7 @@ def show_reliability(
             larger a bin's share, the larger its dot.
         errors: name to expected calibration error in [0, 1], for the titles.
     """
-    figure = Figure(figsize=(2.5 * len(curves), 2.8), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(2.5 * len(curves), 2.8), facecolor="white", layout="compressed")
     axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for ax, (name, (confidence, accuracy, share)) in zip(axes, curves.items(), strict=True):
         full = np.isfinite(confidence)
