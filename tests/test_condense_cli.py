@@ -14,6 +14,7 @@ from dataopt.cli import app
 from dataopt.condense_commands import Network, verdict
 from dataopt.core.condense import Condensed, Condenser, ConvNet, Score, Scores, evaluate, initial
 from dataopt.images import read_images
+from dataopt.integrations.hf import save_condensed
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
@@ -104,7 +105,7 @@ def test_eval_prints_and_writes_what_evaluate_says(condensed, parts):
     assert {r["network"] for r in rows} == {"convnet", "timm:test_resnet"} and len(rows) == 8
 
 
-def test_a_stopped_run_goes_on_and_more_steps_are_the_long_run(folder, condensed, tmp_path):
+def test_a_stopped_run_goes_on_and_more_steps_are_the_long_run(folder, condensed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run(folder, *SMALL, "--steps", 2, "--out", out).exit_code == 0
     again = run(folder, *SMALL, "--steps", 4, "--out", out)
@@ -114,10 +115,32 @@ def test_a_stopped_run_goes_on_and_more_steps_are_the_long_run(folder, condensed
     (out / "record.json").unlink()
     early = run("eval", out)
     assert early.exit_code == 1 and "run dataopt condense to its end with --resume" in early.output
+    (out / "scores.json").write_text("of two steps")
+    save, beside = Condensed.save, []
+
+    def watched(self: Condensed, target: Path) -> None:
+        beside.extend(path.name for path in target.iterdir())
+        save(self, target)
+
+    monkeypatch.setattr(Condensed, "save", watched)
     longer = run(folder, *SMALL, "--steps", 4, "--out", out, "--resume")
     assert longer.exit_code == 0, longer.output
+    about = {"scores.json", "condensed.png", "changed.png"}
+    assert "condensed.json" in beside and not about & {*beside}  # a kill leaves nothing beside data that it is not of
+    assert about & {path.name for path in out.iterdir()} == about - {"scores.json"}
     assert torch.equal(Condensed.load(out).images, Condensed.load(condensed).images)
     assert sorted(p.name[:9] for p in out.glob("condensed*")) == ["condensed"] * 3  # older tensors are gone
+
+
+def test_a_published_folder_is_not_gone_on_in(folder, condensed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(condensed / "work", out / "work")  # stopped before its end
+    save_condensed(Condensed.load(condensed), out)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    result = run(folder, *SMALL, "--steps", 4, "--out", out, "--resume")
+    assert result.exit_code == 1 and len(result.output.strip().splitlines()) == 1
+    assert f"--out {out} holds a published data set" in result.output
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
 def test_held_out_pictures_are_not_condensed_and_are_tested_on(folder, tmp_path):

@@ -230,10 +230,11 @@ def _steps(shown: int, stored: int, steps: int, epochs: int | None, same_compute
 
 def training_augment(condensed: Condensed) -> Augment | None:
     """What networks on a condensed set train with: the augmentation that it was made with, without cutout."""
-    made = condensed.made.get("augment", {})
+    made: dict[str, Any] | None = condensed.made.get("augment", {})
     if made is None:
         return None
-    return without_cutout(Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items()}))
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in made.items()}
+    return without_cutout(Augment(**settings))
 
 
 @torch.no_grad()

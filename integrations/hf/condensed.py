@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import logging
 import os
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from dataopt.core.artifacts import write_whole
 from dataopt.core.condense import Condensed, Scores
 from datasets import Array3D, ClassLabel, Dataset, Features, Image
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from . import hub
@@ -31,8 +30,6 @@ _SETTINGS = ("factor", "axes", "mode", "mean", "std", "label_names", "made")
 _FILES = {PNG: "train", EXACT: "exact"}
 _OURS = ["train-*.parquet", "exact-*.parquet", "condensed-*.safetensors"]
 _BESIDE = re.compile(r"(\.gitattributes|README\.md|LICENSE.*)", re.IGNORECASE)  # what may be in a repository before
-
-_logger = logging.getLogger(__name__)
 
 
 def save_condensed(
@@ -59,7 +56,7 @@ def save_condensed(
     """
     root = Path(folder)
     for name in (RECORD, "README.md"):
-        if (root / name).exists() and not _is_published(root / RECORD):
+        if (root / name).exists() and not is_published(root / RECORD):
             raise ValueError(f"{root / name} is there and of no published data set; give another folder")
     _write(root, root.resolve().name, condensed, png, scores, licence, source)
     return root
@@ -176,23 +173,25 @@ def read_condensed(
 def is_condensed(
     source: str, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | Path | None = None
 ) -> bool:
-    """Whether a folder or a repository holds a condensed data set; False where there is no such thing at all."""
+    """Whether a folder or a repository holds a condensed data set; False where there is no such thing at all.
+
+    One whose ``condensed.json`` cannot be read is True: :func:`load_condensed` says what is wrong with it.
+
+    Raises:
+        LocalEntryNotFoundError: the Hub cannot be asked, and its cache does not know.
+    """
     if Path(source).is_dir():
-        path = Path(source, RECORD)
+        path: Path | None = Path(source, RECORD)
     elif not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         return False
     else:
-        try:
-            found = hf_hub_download(
-                source, RECORD, repo_type="dataset", revision=revision, token=token, cache_dir=cache_dir
-            )
-        except LocalEntryNotFoundError:
-            _logger.warning("The Hub cannot be asked whether %s is condensed; it is taken as it is", source)
-            return False
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            return False
-        path = Path(found)
-    return _is_published(path) or _is_saved(path)
+        path = _downloaded(source, revision, token, cache_dir)
+    return path is not None and os.path.lexists(path) and (_json(path) is None or is_published(path) or _is_saved(path))
+
+
+def is_published(path: Path) -> bool:
+    """Whether :func:`save_condensed` or :func:`push_condensed` wrote this ``condensed.json``."""
+    return (_json(path) or {}).get("kind") == KIND
 
 
 def _write(
@@ -262,23 +261,35 @@ def _features(config: str, shape: tuple[int, ...], names: tuple[str, ...] | None
     return Features({"image": Image() if config == PNG else Array3D(shape, "float32"), "label": label})
 
 
-def _is_published(path: Path) -> bool:
-    content = _json(path)
-    return content.get("kind") == KIND
-
-
 def _is_saved(path: Path) -> bool:
     """Whether ``Condensed.save`` wrote this ``condensed.json``."""
-    record = _json(path).get("record")
+    record = (_json(path) or {}).get("record")
     return isinstance(record, dict) and record.get("kind") == "condensed"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any] | None:
+    """The content of a record, empty where it is another's; None where it cannot be read."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return {}
+        return None
     return content if isinstance(content, dict) else {}
+
+
+def _downloaded(
+    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None = None
+) -> Path | None:
+    """The record of a repository; None where the Hub, or the last that its cache knows of it, has none."""
+    try:
+        return Path(
+            hf_hub_download(repo_id, RECORD, repo_type="dataset", revision=revision, token=token, cache_dir=cache_dir)
+        )
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(repo_id, RECORD, cache_dir, revision, "dataset") is _CACHED_NO_EXIST:
+            return None
+        raise
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
 
 
 def _parent(repo_id: str, token: str | bool | None, revision: str | None) -> str | None:
@@ -289,7 +300,8 @@ def _parent(repo_id: str, token: str | bool | None, revision: str | None) -> str
         return None
     files = [entry.rfilename for entry in info.siblings or ()]
     other = next((name for name in files if not _BESIDE.fullmatch(name)), None)
-    if other is not None and not is_condensed(repo_id, revision=info.sha, token=token):
+    path = None if other is None else _downloaded(repo_id, info.sha, token)
+    if other is not None and (path is None or not (is_published(path) or _is_saved(path))):
         raise ValueError(
             f"{repo_id} holds {other} and is no condensed data set, which this push would replace; give a repository "
             "of its own"

@@ -142,6 +142,8 @@ def push(
 ) -> str:
     """Write files into a temporary folder and upload them to a repository, in one commit.
 
+    What ``write`` refuses leaves the Hub as it was.
+
     Args:
         write: called with the folder.
         private: of a repository that this makes; True also refuses one that is public already.
@@ -156,11 +158,11 @@ def push(
         ValueError: ``private=True`` and a public repository.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
-        raise ValueError(f"{repo_id} is public and private=True; choose another repository, or say private=False")
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
+        repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise ValueError(f"{repo_id} is public and private=True; choose another repository, or say private=False")
         commit = api.upload_folder(
             repo_id=repo_id,
             repo_type=repo_type,

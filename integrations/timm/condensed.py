@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -107,7 +108,7 @@ def with_condensed(create: Callable[..., Any], args: argparse.Namespace) -> Call
             stop(f"--class-map does not go with {source}, which is condensed: its labels are class ids")
         try:
             reader = CondensedReader(source, cache_dir=root if source != root else None)
-        except (ValueError, FileNotFoundError) as e:
+        except (ValueError, FileNotFoundError, PermissionError) as e:
             stop(str(e))
         classes.update(reader.class_to_idx)
         _logger.info("%s is condensed: %d images to train on", source, len(reader))
@@ -117,7 +118,7 @@ def with_condensed(create: Callable[..., Any], args: argparse.Namespace) -> Call
 
 
 def _is_folder(value: str) -> bool:
-    return Path(value, _RECORD).is_file()
+    return os.path.lexists(os.path.join(value, _RECORD))
 
 
 def _condensed(name: str, root: str | None) -> str | None:
@@ -126,11 +127,17 @@ def _condensed(name: str, root: str | None) -> str | None:
     of_hub = prefix.lower() in _READERS and rest != ""
     if not of_hub and (not root or prefix.lower() in _OTHERS or not _is_folder(root)):
         return None
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     from ..hf import is_condensed
 
     source = rest if of_hub else str(root)
-    if not is_condensed(source, cache_dir=root if of_hub else None):
-        return None
+    try:
+        if not is_condensed(source, cache_dir=root if of_hub else None):
+            return None
+    except LocalEntryNotFoundError:
+        stop(f"the Hub cannot be asked whether {source} is condensed, and its cache does not know; run once where the "
+             f"Hub can be reached, or download it and give the folder: {prefix}/FOLDER")  # fmt: skip
     if prefix.lower() == "hfids":
         stop(f"{source} is condensed, and a stream of it would show stored tiles; give hfds/{source}")
     return source

@@ -22,6 +22,7 @@ from .core.condense import Condensed, Condenser, ConvNet, RealData, ResNet10, Re
 from .devices import find_device
 from .images import find_images, read_images
 from .integrations.hf import hub
+from .integrations.hf.condensed import is_published
 from .integrations.hf.inputs import read_labels
 from .out_folder import WORK, claimed
 from .sources import find_labels, find_source, load_source, split_names
@@ -30,6 +31,7 @@ KIND, VERSION, RECORD = "dataopt-condense", 1, "record.json"
 _ROWS, _COLUMNS = 20, (10, 16)  # classes, and stored and decoded pictures of each, on a contact sheet at most
 _SIDE = 128  # pixels of each at most
 _HELD_SEED = 0
+_ABOUT = ("scores.json", "condensed.png", "changed.png")  # of the data, and wrong beside other data
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def condense(
         "images_per_class": images_per_class, "factor": _factor(factor), "axes": axes, "preset": preset, "init": init,
         "objective": objective, "lr": lr, "seed": seed,
     }  # fmt: skip
+    if resume and is_published(out / "condensed.json"):
+        raise ValueError(f"--out {out} holds a published data set, which --resume would mix with; give another folder")
     _check_push(push)
     place = find_device(device)
     source = find_source(dataset, split, config, revision)
@@ -155,6 +159,8 @@ def condense(
     )  # fmt: skip
     with claimed(out, {**record, **settings}, resume, "dataopt condense"):
         condensed = condenser.fit(pictures.images, pictures.labels, label_names=names, resume=out / WORK)
+    for name in _ABOUT:
+        (out / name).unlink(missing_ok=True)
     condensed.save(out)
     drawn = draw(condensed, condenser.initial, out)
     hub.write_record(out / RECORD, KIND, VERSION, record)

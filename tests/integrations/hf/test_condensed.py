@@ -233,6 +233,7 @@ def test_damaged_and_tampered_files_are_refused_by_what_differs(tmp_path):
     refused("was changed after it was saved, or is damaged")
     (folder / "condensed.json").write_text(text[:300])
     refused(r"condensed\.json is damaged \(JSONDecodeError\)")
+    assert is_condensed(str(folder))  # lest its tiles be taken for images
     files = record["files"]
     for changes, message in (
         ({"factor": 17}, "factor=17 is larger than the 16 x 16 images"),
@@ -267,14 +268,37 @@ def test_folders_that_are_no_condensed_data_set(tmp_path):
         with pytest.raises(FileNotFoundError, match=r"holds no condensed data set: it has no condensed\.json; give"):
             read(tmp_path)
     assert not is_condensed(str(tmp_path)) and not is_condensed("../x")
-    (tmp_path / "condensed.json").write_text('{"kind": "milk"}')
-    assert not is_condensed(str(tmp_path))
+    for other in ('{"kind": "milk"}', "[1]"):
+        (tmp_path / "condensed.json").write_text(other)
+        assert not is_condensed(str(tmp_path))
     with pytest.raises(ValueError, match="is of another kind"):
         load_condensed(tmp_path)
     with pytest.raises(ValueError, match="is no folder; give one that was saved to, or a Hub repository id"):
         load_condensed(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="config='png' must be 'default' or 'exact'"):
         load_condensed(tmp_path, config="png")
+
+
+def test_unreadable_records_count_and_are_refused_when_loaded(tmp_path):
+    condensed().save(tmp_path)
+    record = tmp_path / "condensed.json"
+    content = record.read_bytes()
+
+    def cut() -> None:
+        record.write_bytes(content[:-100])
+
+    def emptied() -> None:
+        record.write_bytes(b"")
+
+    def elsewhere() -> None:
+        record.unlink()
+        record.symlink_to(tmp_path / "nowhere")
+
+    for change, message in ((cut, "is damaged"), (emptied, "is damaged"), (elsewhere, "is no file")):
+        change()
+        assert is_condensed(str(tmp_path))
+        with pytest.raises(ValueError, match=rf"condensed\.json {message}"):
+            load_condensed(tmp_path)
 
 
 def test_decoding_by_map_repeats_other_columns_and_refuses_other_images():
@@ -388,6 +412,10 @@ old = api.repo_info("me/set", repo_type="dataset").sha
 push_condensed(second, "me/set")
 push_condensed(condensed(2, 2), "me/set2", png=False)
 push_condensed(grey, "me/grey")
+never = kind(push_condensed, condensed(2, 2), "me/never"), api.repo_exists("me/never", repo_type="dataset")
+data = {"repo_id": "me/broken", "repo_type": "dataset"}
+api.create_repo(**data)
+api.upload_file(path_or_fileobj=b'{"kind": "dataopt con', path_in_repo="condensed.json", **data)
 api.create_repo("me/plain", repo_type="dataset")
 api.upload_file(path_or_fileobj=b"x,label\\n1,2\\n", path_in_repo="rows.csv", repo_id="me/plain", repo_type="dataset")
 
@@ -404,7 +432,9 @@ got = {
               same(read_condensed("me/set", config="exact", revision=old), first)],
     "two": same(read_condensed("me/set2"), condensed(2, 2)),
     "grey": same(read_condensed("me/grey", config="exact"), grey),
-    "is": [is_condensed(name) for name in ("me/set", "me/plain", "me/nothing")],
+    "is": [is_condensed(name) for name in ("me/set", "me/plain", "me/nothing", "me/broken")],
+    "broken": [kind(load_condensed, "me/broken"), kind(push_condensed, first, "me/broken")],
+    "never": never,
     "stranger": kind(load_condensed, "me/set", token=False, cache_dir=HOME + "/stranger"),
     "no revision": kind(load_condensed, "me/set", revision="nothing"),
     "none": kind(load_condensed, "me/plain"),
@@ -426,7 +456,9 @@ print(json.dumps(got))
     names = [re.sub("-[0-9a-f]{16}", "", name) for name in got["files"]]
     assert names == [".gitattributes", "README.md", "condensed.json", "exact.parquet", "train.parquet"]  # of one push
     assert got["rows"] == [8 * 9, 8 * 4] and got["exact"] == [True, True] and got["two"] and got["grey"]
-    assert got["is"] == [True, False, False]
+    assert got["is"] == [True, False, False, True]
+    assert "condensed.json is damaged" in got["broken"][0] and "is no condensed data set" in got["broken"][1]
+    assert got["never"][0].startswith("ValueError: png=True and the images have 2 channels") and not got["never"][1]
     assert got["offline"] == 72 and hub.requests[-1] == "GET /api/whoami-v2"  # from there on only the cache was asked
     assert got["stranger"].startswith("RepositoryNotFoundError")
     assert got["no revision"].startswith("RevisionNotFoundError")

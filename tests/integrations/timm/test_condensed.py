@@ -152,6 +152,10 @@ def test_damaged_and_unreadable_sets_are_one_line(train, tmp_path, capsys):
     data = next(folder.glob("train-*"))
     data.write_bytes(data.read_bytes()[:-1])
     assert f"{data.name} has" in refused(train, capsys, folder, *PLAIN)
+    record = folder / "condensed.json"
+    record.write_bytes(record.read_bytes()[:-2])
+    for given in (folder, f"hfds/{folder}"):
+        assert "condensed.json is damaged" in refused(train, capsys, given, *PLAIN)
     two = save_condensed(condensed(channels=2), tmp_path / "two", png=False)
     assert "holds no PNG images but arrays of (2, 16, 16)" in refused(train, capsys, f"hfds/{two}", *PLAIN)
 
@@ -218,8 +222,11 @@ def test_timms_script_mixes_and_refuses(train_script, source, steps, capsys):
 def test_repositories_are_recognised(hub, tmp_path):
     code = """
 import json
+from contextlib import redirect_stderr
+from io import StringIO
 import torch
-from huggingface_hub import HfApi
+from datasets import config, load_dataset
+from huggingface_hub import HfApi, constants
 from dataopt.integrations.hf import push_condensed
 from dataopt.integrations.timm.train import main
 from tests.integrations.condensed_data import condensed
@@ -228,18 +235,34 @@ from datasets import Dataset
 from PIL import Image
 plain = Dataset.from_dict({"image": [Image.new("RGB", (16, 16))] * 8, "label": [0] * 8})
 plain.to_parquet("plain.parquet")
-api, data = HfApi(), {"repo_id": "me/plain", "repo_type": "dataset"}
-api.create_repo(**data)
-api.upload_file(**data, path_in_repo="train.parquet", path_or_fileobj="plain.parquet")
+api = HfApi()
+for name in ("me/plain", "me/other"):
+    data = {"repo_id": name, "repo_type": "dataset"}
+    api.create_repo(**data)
+    api.upload_file(**data, path_in_repo="train.parquet", path_or_fileobj="plain.parquet")
 seen = []
 watch = lambda module, args, out: seen.append(len(args[0])) if type(module).__name__ == "ResNet" else None
 torch.nn.modules.module.register_module_forward_hook(watch)
 flags = "--model test_resnet --num-classes 4 --img-size 16 --batch-size 8 --epochs 1 --warmup-epochs 0 --device cpu"
-for name in ("me/set", "me/plain"):
-    main(["hfds/" + name, *flags.split(), "--workers", "0", "--val-split", "", "--experiment", name.replace("/", "-")])
-print(json.dumps(seen))
+def run(name, number):
+    main(["hfds/" + name, *flags.split(), "--workers", "0", "--val-split", "", "--experiment", str(number)])
+run("me/set", 1)
+run("me/plain", 2)
+load_dataset("me/other")
+constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+run("me/set", 3)
+run("me/plain", 4)
+try:
+    with redirect_stderr(StringIO()) as printed:
+        run("me/other", 5)
+except SystemExit as stopped:
+    print(json.dumps([seen, stopped.code, printed.getvalue()]))
 """
     code = f"import os; os.chdir({str(tmp_path)!r})\n" + code
     printed = run_client(hub, code, PYTHONPATH=str(ROOT), TIMM_TRAIN_SCRIPT=None)
-    assert json.loads(printed.splitlines()[-1]) == [8] * 4 + [8]
+    seen, status, refusal = json.loads(printed.splitlines()[-1])
+    assert seen == ([8] * 4 + [8]) * 2  # without the Hub as with it
+    assert status == 2 and refusal.splitlines()[-1].startswith(
+        "dataopt train: error: the Hub cannot be asked whether me/other is condensed, and its cache does not know; run"
+    )
     assert any(re.search("GET /datasets/me/plain/resolve/.*train.parquet", line) for line in hub.requests)
