@@ -23,7 +23,7 @@ NAMES = (
     "comixup_time",
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
-    *("relation_speed", "mixup_methods", "mixup"),
+    *("relation_speed", "mixup_methods", "mixup", "condense_data", "condense", "condense_speed"),
 )
 
 
@@ -352,3 +352,15 @@ def test_no_mixup_cell_is_begun_without_time(run, results, folder, scripts):
     mixup = scripts["mixup"]
     stored = types.SimpleNamespace(args=types.SimpleNamespace(quick=False), store=lambda *a: pytest.fail("ran"))
     mixup.run_cells(stored, {"a": (print, ())}, minutes=0, workers=1)
+
+
+def test_condense(run, folder):
+    cells, text = run("condense", "--data", str(folder))
+    assert all(0 <= a <= 100 for cell in cells.values() for a in cell.get("accuracies", []))
+    assert "Cells that have run" in text and "start alone" in text
+
+
+def test_the_plain_loop_has_the_losses_of_released(scripts, folder):
+    speed = scripts["condense_speed"]
+    with threadpool_limits(1):
+        assert speed.equal(speed.Setup(folder, True))["one network"][0] < 1e-12
