@@ -59,6 +59,12 @@ class Run:
         """The cells that are still to be measured."""
         return [key for key in keys if key not in self.cells]
 
+    def ran(self, plan: Sequence[str]) -> str:
+        """Which cells of a plan have run, for a report."""
+        missing = self.missing(plan)
+        out = f"Cells that have run: {len(plan) - len(missing)} of {len(plan)}."
+        return out + (f" Not yet: {'; '.join(missing)}. The same command goes on with them." if missing else "")
+
     def cell(self, key: str, measure: Callable[[], Cell]) -> Cell:
         """The kept result of a cell, or a new one, which is stored at once."""
         if key not in self.cells:

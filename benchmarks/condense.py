@@ -620,10 +620,7 @@ def age_figure(run: common.Run) -> list[str]:
 
 
 def report(run: common.Run, plan: Sequence[str]) -> None:
-    missing = run.missing(plan)
-    ran = f"Cells that have run: {len(plan) - len(missing)} of {len(plan)}."
-    if missing:
-        ran += f" Not yet: {'; '.join(missing)}. The same command goes on with them."
+    ran = run.ran(plan)
     if not run.cells:
         print(ran)
         return

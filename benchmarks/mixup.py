@@ -319,10 +319,7 @@ def picture(run: common.Run, name: str, figure: object) -> str:
 
 
 def report(run: common.Run, plan: Sequence[str]) -> None:
-    missing = run.missing(plan)
-    ran = f"Cells that have run: {len(plan) - len(missing)} of {len(plan)}."
-    if missing:
-        ran += f" Not yet: {'; '.join(missing)}. The same command goes on with them."
+    ran = run.ran(plan)
     if not run.cells:
         print(ran)
         return

@@ -26,7 +26,7 @@ from .initial import INITS, initial_images
 from .matching import LAYERS, METRICS, matched_layers
 from .real import RealData
 from .rounds import Run
-from .training import accuracy, fresh, own_random, train_on
+from .training import accuracy, fresh, own_random, rows_of, train_on
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"init": "centres", "optimiser": "adam", "lr": 0.01, "repeats": 4, "inner": 10, "network_steps": "free",
@@ -48,9 +48,8 @@ class Condenser:
     ``preset="released"`` is the authors' algorithm, its steps for one class after another taken as one exact step for
     all; lr is for runs of hundreds of thousands of steps. ``preset="fast"`` keeps the objective and starts from class
     centres, steps with Adam, takes several steps for each look at real images, old ones among them, and trains the
-    networks with the gradients it has: on Fashion-MNIST at one image a class it needed a third of the time for the same
-    accuracy. At that size ``objective="features"`` was as good in CPU minutes (74.7 and 74.4 % after 20 s); gradients
-    cost more and are the thesis' choice for long runs.
+    networks with the gradients it has. ``objective="features"`` takes cheaper steps; gradients are the thesis' choice
+    for long runs.
 
     Arguments that are None are the preset's.
 
@@ -284,7 +283,7 @@ class Condenser:
             for seed in range(2):
                 g = torch.Generator().manual_seed(seed)
                 net = fresh(self.model_fn, g).to(data.device)
-                train_on(net, _rows_of(x), own, 150, augment=without_cutout(self._augment()), generator=g)
+                train_on(net, rows_of(x), own, 150, augment=without_cutout(self._augment()), generator=g)
                 right.append(accuracy(net, lambda rows: data(held[rows]), y))
             scores[factor] = sum(right)
         if not scores:
@@ -410,7 +409,3 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     for name, t in sorted(weights.items()):
         found.update(name.encode() + t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _rows_of(x: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda rows: x[rows.to(x.device)]

@@ -15,7 +15,7 @@ from .condensed import Condensed
 from .formation import MultiFormation
 from .initial import initial_images
 from .real import RealData
-from .training import BATCH, accuracy, fresh, train_on
+from .training import BATCH, accuracy, fresh, rows_of, train_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,7 +172,7 @@ def evaluate(
                 for network, fn in fns.items():
                     g = torch.Generator().manual_seed(seed)
                     net = fresh(fn, g).to(data.device, torch.float32)
-                    train_on(net, _indexed(x), target, count, augment=chosen, cutmix=cutmix, lr=lr, generator=g)
+                    train_on(net, rows_of(x), target, count, augment=chosen, cutmix=cutmix, lr=lr, generator=g)
                     right[network].append(accuracy(net, held, held.labels.to(data.device)))
                     bar.update()
             stored = len(condensed.images)
@@ -245,7 +245,3 @@ def _soft(teacher: nn.Module, x: Tensor) -> Tensor:
         return torch.cat([teacher(part).softmax(1) for part in x.split(256)])
     finally:
         teacher.train(training)
-
-
-def _indexed(x: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda rows: x[rows.to(x.device)]

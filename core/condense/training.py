@@ -86,6 +86,11 @@ def train_on(
             training_step(model, optimiser, images(rows), y, augment, cutmix, generator, classes)
 
 
+def rows_of(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Row numbers to rows of ``x``, for :func:`train_on`."""
+    return lambda rows: x[rows.to(x.device)]
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Callable[[Tensor], Tensor], labels: Tensor) -> float:
     """Share of the labels that have the highest logit, in evaluation mode."""

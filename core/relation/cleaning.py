@@ -123,8 +123,9 @@ def find_issues(
 
     similarity = 1 / raw.outlier_scores()
     middle = similarity.median()
-    low, high = np.quantile(similarity.log().numpy(), (0.25, 0.75))
-    is_outlier_issue = similarity.log() < low - _FAR * (high - low)
+    log = similarity.log()
+    low, high = np.quantile(log.numpy(), (0.25, 0.75))
+    is_outlier_issue = log < low - _FAR * (high - low)
     twins = near_duplicates(features, device=device)
 
     outliers = (is_outlier_issue & ~is_label_issue).nonzero().squeeze(1)

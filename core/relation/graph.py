@@ -226,7 +226,7 @@ class RelationGraph:
         return torch.where(best.values > 0, best.indices, self.labels[rows])
 
     def _outside(self, rows: Tensor, corrected: tuple[np.ndarray, Tensor] | None) -> Tensor:
-        """(m, C) class sums of noisy rows without the noisy ones: known for those that the last correction held."""
+        """(m, C) class sums without the set that the last correction held (without a correction, ``rows``)."""
         if corrected is None:
             return self.class_sums(rows, without=rows)
         places, sums = corrected
