@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from dataopt.core.kvzip import attention, merge
-from dataopt.integrations.hf.kvzip import build
+from dataopt.integrations.hf import decoder
 from dataopt.integrations.hf.kvzip.layers import ScoringLayer
 from kvzip_task import Reading
 from torch import Tensor
@@ -89,7 +89,7 @@ def question_attention(reading: Reading, ids: Sequence[int], window: int = WINDO
 
 
 def _watch(reading: Reading, layers: list[WatchingLayer], ids: Sequence[int]) -> list[Received]:
-    build.forward(reading.model, torch.tensor([list(ids)]), Cache(layers=layers))
+    decoder.forward(reading.model, torch.tensor([list(ids)]), Cache(layers=layers))
     assert all(layer.received is not None for layer in layers)
     return [layer.received for layer in layers if layer.received is not None]
 
@@ -100,7 +100,7 @@ def log_maxima(reading: Reading, ids: Sequence[int]) -> list[Tensor]:
     layers = [ScoringLayer(p.keys, p.values, len(reading.ids), None, "full", reading.prefix) for p in reading.layers]
     for layer in layers:
         layer.chunk = slice(reading.prefix, len(reading.ids))
-    build.forward(reading.model, torch.tensor([list(ids)]), Cache(layers=layers))
+    decoder.forward(reading.model, torch.tensor([list(ids)]), Cache(layers=layers))
     return [layer.scores for layer in layers]
 
 

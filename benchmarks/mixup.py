@@ -344,7 +344,7 @@ def report(run: common.Run, plan: Sequence[str]) -> None:
             ("input mixup", "manifold mixup", "CutMix", "Co-Mixup"),
             methods.SEVERAL,
         ),
-        ("Variants of Co-Mixup:", ("Co-Mixup",), methods.JOINT),
+        ("Variants of Co-Mixup:", ("Co-Mixup", "Co-Mixup, clean loss added"), methods.JOINT),
     )
     for title, above, rows in sections:
         if any(key.startswith(tuple(f"{row}, seed" for row in rows)) for key in run.cells):

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ..cleanable import CleanableDataset, weighted_loss
     from ..saliency_maps import as_tv_tensors
     from ..snapshots import read_snapshots
+    from .ccm import CCMCache, CCMConfig, CCMModel, CCMStream
     from .condensed import is_condensed, load_condensed, push_condensed, read_condensed, save_condensed
     from .condensed_images import decode_condensed
     from .data import add_saliency
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from .scores import load_relation_scores, push_relation_scores, save_relation_scores
 
 __all__ = [
+    "CCMCache",
+    "CCMConfig",
+    "CCMModel",
+    "CCMStream",
     "CleanableDataset",
     "CoMixupTrainerMixin",
     "KVzipCache",
@@ -46,6 +51,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CCMCache": ".ccm",
+    "CCMConfig": ".ccm",
+    "CCMModel": ".ccm",
+    "CCMStream": ".ccm",
     "CleanableDataset": "..cleanable",
     "CoMixupTrainerMixin": ".mixup",
     "KVzipCache": ".kvzip",
@@ -72,6 +81,8 @@ _MODULES = {
     "weighted_loss": "..cleanable",
 }
 
+_OF_EXTRAS = {"datasets", "pyarrow", "PIL", "huggingface_hub", "transformers", "xxhash", "cleanlab", "peft"}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
@@ -80,7 +91,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_MODULES[name], __name__), name)
     except ModuleNotFoundError as e:
         missing = (e.name or "").partition(".")[0]
-        if missing not in ("datasets", "pyarrow", "PIL", "huggingface_hub", "transformers", "xxhash", "cleanlab"):
+        if missing not in _OF_EXTRAS:
             raise
         extra = "clean" if missing == "cleanlab" else "hf"
         raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[{extra}]'", name=e.name) from e

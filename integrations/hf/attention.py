@@ -1,7 +1,7 @@
 """One attention function for every model of the attention interface: cache layers may compute the attention themselves.
 
-A cache layer that wants to do so marks the keys that its ``update`` returns; everything else goes to the
-implementation that the model had before.
+A cache layer that wants to do so marks the keys that its ``update`` returns. An object that goes through the model's
+forward as ``ccm=`` may do so for all layers. Everything else goes to the implementation that the model had before.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    layer: AttendingLayer | None = getattr(key, _MARK, None)
+    # The keyword is taken out in any case: no other implementation knows it.
+    layer: AttendingLayer | None = getattr(kwargs.pop("ccm", None), "attending", None) or getattr(key, _MARK, None)
     if layer is None:
         return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.pop("scaling", None)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from dataopt.core.kvzip import PackedHeads
@@ -16,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..attention import switch_attention
 from ..chat import Chat, encode
+from ..decoder import changing_rope_limit, check_decoder, forward, input_device
 from .layers import PackedLayer, ScoringLayer, SlidingState
 
 REPEAT = "\n\nRepeat the previous context exactly."
@@ -32,27 +31,6 @@ class Dense:
     packed: PackedHeads | None = None
 
 
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside ``torch.compile`` and PEFT wrappers.
-
-    Raises:
-        TypeError: there is none.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: {type(model).__name__} is not a transformers model")
-    return model
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.device
-
-
 def check_model(model: PreTrainedModel) -> None:
     """Refuse what a compressed cache cannot serve, before anything runs.
 
@@ -63,14 +41,7 @@ def check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
-    if model.config.is_encoder_decoder:
-        raise TypeError(f"model: {name} is an encoder-decoder, whose context is not in the decoder's cache")
-    if getattr(config, "kv_lora_rank", None):
-        raise TypeError(
-            f"model: {name} stores a shared latent (MLA) instead of keys per head, which cannot be evicted per head"
-        )
-    if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
-        raise TypeError(f"model: {name} shares key-value pairs between layers, which is not supported")
+    check_decoder(model)
     if getattr(config, "output_attentions", False):
         raise ValueError(
             "config.output_attentions=True: attention over a compressed cache forms no weights; set it to False"
@@ -79,24 +50,12 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             "a kvpress press left masked_key_indices on the model, which hides keys; delete them or reload it"
         )
-    for layer in DynamicCache(config=config).layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise TypeError(
-                f"model: {name} has {type(layer).__name__}s; only full and sliding-window attention can be cached"
-            )
     layers = DynamicCache(config=config).layers
     if layers and all(type(layer) is DynamicSlidingWindowLayer for layer in layers):
         raise TypeError(
             f"model: {name} has sliding-window layers only, whose cache is bounded; nothing can be compressed"
         )
     switch_attention(model)
-
-
-def forward(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
-    """Run (B, L) ids through the layers, without the language-model head."""
-    body = model.base_model
-    name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-    body(input_ids=ids, use_cache=True, **{name: cache})
 
 
 @torch.no_grad()
@@ -210,16 +169,3 @@ def room(model: PreTrainedModel, seen: int) -> int | None:
     if seen >= limit:
         raise ValueError(f"context has {seen} tokens and the model {limit} positions; shorten the context")
     return int(limit) - seen
-
-
-def changing_rope_limit(model: PreTrainedModel) -> int | None:
-    """The length beyond which the model's rotary frequencies change for all positions, if it has one."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        if entry.get("rope_type") in ("dynamic", "longrope"):
-            original = entry.get("original_max_position_embeddings")
-            return int(
-                original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings
-            )
-    return None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from .. import decoder
 from ..attention import NAMES
 from ..chat import Chat, encode, render_ids, split_template
+from ..reusable import GenerateCall, ReusableCache
 from . import build
 from .context import (
     Context,
@@ -32,7 +32,7 @@ from .context import (
 from .layers import PackedLayer, SlidingState
 
 
-class KVzipCache(Cache):
+class KVzipCache(ReusableCache):
     """The key-value cache of a context, compressed once and asked many times (thesis chapter 8).
 
     The context is read, then the model is made to repeat it, and the pairs that it attends to most while it does so
@@ -101,7 +101,7 @@ class KVzipCache(Cache):
             raise ValueError(f"context={context!r} must be a text with at least one word")
         if head_scores is not None and level != "head":
             raise ValueError(f"head_scores needs level='head', not level={level!r}")
-        inner = build.unwrap(model)
+        inner = decoder.unwrap(model)
         build.check_model(inner)
         template_kwargs = dict(template_kwargs or {})
         chat = split_template(tokenizer, **template_kwargs)
@@ -120,7 +120,7 @@ class KVzipCache(Cache):
     ) -> None:
         self.model, self.tokenizer, self._chat = model, tokenizer, chat
         self._config = model.config.get_text_config(decoder=True)
-        self._rope_limit = build.changing_rope_limit(model)
+        self._rope_limit = decoder.changing_rope_limit(model)
         self._modules = frozenset(id(m) for m in model.modules())
         self._states = states
         self._kept = 0  # tokens of the tail that stay at a new generate
@@ -257,7 +257,7 @@ class KVzipCache(Cache):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, seen - own : seen + self._kept] = 1
             mask[i, seen + self._kept + width - len(row) :] = 1
-        device = build.input_device(self.model)
+        device = decoder.input_device(self.model)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
     def _pad_id(self) -> int:
@@ -498,7 +498,7 @@ class KVzipCache(Cache):
         """
         from . import artifact
 
-        inner = build.unwrap(model)
+        inner = decoder.unwrap(model)
         build.check_model(inner)
         state = artifact.load(
             repo_id_or_dir,
@@ -519,29 +519,10 @@ class KVzipCache(Cache):
 
     # What generate and the model call
 
-    @property
-    def _is_user_defined(self) -> bool:
-        return True
-
-    @_is_user_defined.setter
-    def _is_user_defined(self, value: bool) -> None:
-        # generate() sets this on a given cache at every call, before it feeds the first token.
-        self.restore()
-        self._check_call(sys._getframe(1))
-
-    def _check_call(self, frame: FrameType | None) -> None:
-        """Refuse ids and masks that do not fit, where generate() still has both in its hands."""
-        while frame is not None and not ({"input_ids", "model_kwargs"} <= frame.f_locals.keys()):
-            frame = frame.f_back
-        if frame is None or not isinstance(frame.f_locals["input_ids"], Tensor):
-            return
-        ids, kwargs = frame.f_locals["input_ids"], frame.f_locals["model_kwargs"]
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds cannot be compared with the cached context; give input_ids")
-        mask = kwargs.get("attention_mask")  # None if it was all ones; then its length is noted on the config
+    def _check_call(self, call: GenerateCall) -> None:
+        """Refuse ids and masks that do not fit."""
+        ids, width = call.input_ids, call.mask_width
         seen = self.seen_tokens + self._kept
-        noted = getattr(frame.f_locals.get("generation_config"), "_mask_length", ids.shape[1])
-        width = noted if mask is None else mask.shape[1]
         if width == seen + ids.shape[1]:
             return  # only the question was given, and a mask over everything
         known = self._known_ids()

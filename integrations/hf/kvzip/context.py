@@ -11,9 +11,10 @@ import torch
 from dataopt.core.kvzip import PackedHeads, head_selection, pair_selection, recent_window
 from dataopt.core.kvzip.budget import BUDGETS, check_ratio
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from .. import decoder
 from ..chat import Chat
 from . import build
 from .layers import SlidingState
@@ -95,7 +96,7 @@ def compress(
     scored = scored and head_scores is None
     room = build.room(model, len(ids))
     chunk = scoring_chunk(tokenizer, chat, options, room) if scored else options.chunk
-    whole = build.changing_rope_limit(model)
+    whole = decoder.changing_rope_limit(model)
     step = len(ids) if whole is not None and len(ids) > whole else options.prefill_chunk
     layers = build.prefill(model, ids, step)
     scores = None
@@ -229,7 +230,7 @@ def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel, tokeni
         scores = source.detach().to("cpu", torch.float32, copy=True)  # the caller's own may change later
     else:
         scores = artifact.load_head_scores(source, model, tokenizer)
-    layers = sum(not isinstance(p, DynamicSlidingWindowLayer) for p in build.DynamicCache(config=config).layers)
+    layers = sum(not isinstance(p, DynamicSlidingWindowLayer) for p in DynamicCache(config=config).layers)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if scores.shape != (layers, heads) or scores.isnan().any():
         raise ValueError(

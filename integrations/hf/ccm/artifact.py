@@ -1,0 +1,132 @@
+"""One user's memory as files. ``ccm_memory.json`` names its file of tensors, so replacing it replaces a save."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from dataopt.core.artifacts import whole_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import fingerprint, hub
+from .cache import Memory
+from .model import CCMModel
+
+KIND, VERSION, RECORD = "dataopt ccm memory", 1, "ccm_memory.json"
+TENSORS = re.compile(r"ccm-[0-9a-f]+\.safetensors", re.ASCII)
+
+
+def save(memory: Memory, model: CCMModel, prefix: int, folder: Path) -> None:
+    """Write the tensors, then the record; until that last step an older save stays the valid one.
+
+    Raises:
+        ValueError: the path is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [path for path in folder.iterdir() if TENSORS.fullmatch(path.name)]
+    name = f"ccm-{secrets.token_hex(8)}.safetensors"
+    tensors = {}
+    for i, (keys, values) in enumerate(memory.layers):
+        tensors |= {f"{i}.keys": keys.contiguous().cpu(), f"{i}.values": values.contiguous().cpu()}
+    with whole_file(folder / name) as path:
+        save_file(tensors, path)
+    content = {
+        "tensors": name,
+        "prefix": prefix,
+        "pairs": memory.valid.shape[1],
+        "steps": memory.steps[0],
+        "text": memory.text[0],
+        **_made_with(model),
+    }
+    hub.write_record(folder / RECORD, KIND, VERSION, content)
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def load(folder: Path, model: CCMModel, prefix: int) -> Memory:
+    """Read what :func:`save` wrote; the tensors land where the model's layers are.
+
+    Raises:
+        ValueError: anything missing, damaged or inconsistent, a newer format, or another model or adapter.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder; give one that a memory was saved to")
+    path = hub.member(folder, RECORD)
+    record = hub.read_record(path, KIND, VERSION)
+    made_with = _made_with(model)
+    fingerprint.compare(record.get("fingerprint"), made_with["fingerprint"], str(path))
+    if record.get("options") != made_with["options"]:
+        theirs = record.get("options") if isinstance(record.get("options"), dict) else {}
+        name = next((k for k, v in made_with["options"].items() if theirs.get(k) != v), "?")
+        raise ValueError(
+            f"{path} was made with another adapter: {name} was {theirs.get(name)!r} and is "
+            f"{made_with['options'].get(name)!r}; load it with the adapter that made it"
+        )
+    pairs, steps = _count(record, "pairs", path), _count(record, "steps", path)
+    text = _count(record, "text", path)
+    if record.get("prefix") != prefix:
+        raise ValueError(f"{path} has a prefix of {record.get('prefix')!r} tokens and the model {prefix}")
+    n = model.ccm_config.comp_tokens
+    expected = prefix + (n * steps if model.ccm_config.mode == "concat" else n * min(steps, 1))
+    if pairs != expected:
+        raise ValueError(f"{path} says {pairs} pairs for {steps} contexts, which would be {expected}; save it again")
+    name = record.get("tensors")
+    if not isinstance(name, str) or not TENSORS.fullmatch(name):
+        raise ValueError(f"{path} names {name!r:.80} as its file of tensors, which no save does; save it again")
+    file = hub.member(folder, name)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{file} is damaged ({e}); save it again") from e
+    layers = _layers(tensors, model, pairs, file)
+    return Memory(layers, torch.ones(1, pairs, dtype=torch.bool), (steps,), (text,))
+
+
+def _layers(tensors: dict[str, Tensor], model: CCMModel, pairs: int, file: Path) -> tuple[tuple[Tensor, Tensor], ...]:
+    base = model.get_base_model()
+    count = base.config.get_text_config(decoder=True).num_hidden_layers
+    if tensors.keys() != {f"{i}.{part}" for i in range(count) for part in ("keys", "values")}:
+        raise ValueError(f"{file} does not hold keys and values of {count} layers; save it again")
+    dtype = base.dtype
+    if model.ccm_config.mode == "merge":
+        dtype = torch.promote_types(dtype, torch.float32)
+    for name, tensor in tensors.items():
+        if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != pairs or tensor.dtype != dtype:
+            raise ValueError(
+                f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not (1, heads, {pairs}, d) {dtype}; "
+                "save it again"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{file}: {name} has values that are not finite; compress the contexts again")
+    devices = _devices(model, count)
+    return tuple((tensors[f"{i}.keys"].to(d), tensors[f"{i}.values"].to(d)) for i, d in enumerate(devices))
+
+
+def _devices(model: CCMModel, count: int) -> list[torch.device]:
+    """Where each layer attends."""
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and weight is not None:
+            found.setdefault(index, weight.device)
+    return [found[i] for i in range(count)]
+
+
+def _made_with(model: CCMModel) -> dict[str, Any]:
+    options = asdict(model.ccm_config)
+    return {"fingerprint": fingerprint.of_model(model.get_base_model()), "options": options}
+
+
+def _count(record: dict[str, Any], name: str, path: Path) -> int:
+    value = record.get(name)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{path}: {name}={value!r:.80} must be a whole number; save it again")
+    return value

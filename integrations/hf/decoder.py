@@ -1,0 +1,75 @@
+"""What every cache of this package needs to know about a decoder of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside ``torch.compile`` and PEFT wrappers.
+
+    Raises:
+        TypeError: there is none.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: {type(model).__name__} is not a transformers model")
+    return model
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+def check_decoder(model: PreTrainedModel) -> None:
+    """Refuse models whose keys and values do not lie in one cache layer per decoder layer, per head.
+
+    Raises:
+        TypeError: naming what is in the way.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise TypeError(f"model: {name} is an encoder-decoder, whose context is not in the decoder's cache")
+    if getattr(config, "kv_lora_rank", None):
+        raise TypeError(
+            f"model: {name} stores a shared latent (MLA) instead of keys per head, which cannot be compressed per head"
+        )
+    if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
+        raise TypeError(f"model: {name} shares key-value pairs between layers, which is not supported")
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise TypeError(
+                f"model: {name} has {type(layer).__name__}s; only full and sliding-window attention can be cached"
+            )
+
+
+def forward(model: PreTrainedModel, ids: Tensor, cache: Cache, **kwargs: Any) -> Any:
+    """Run (B, L) ids through the layers, without the language-model head."""
+    body = model.base_model
+    name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+    return body(input_ids=ids, use_cache=True, **{name: cache}, **kwargs)
+
+
+def changing_rope_limit(model: PreTrainedModel) -> int | None:
+    """The length beyond which the model's rotary frequencies change for all positions, if it has one."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if entry.get("rope_type") in ("dynamic", "longrope"):
+            original = entry.get("original_max_position_embeddings")
+            return int(
+                original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings
+            )
+    return None
