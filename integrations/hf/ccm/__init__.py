@@ -2,7 +2,22 @@
 
 from .cache import CCMCache
 from .config import CCMConfig
+from .data import CCMCollator, Query, ccm_row, demonstration_rows, dialogue_rows, profile_rows
 from .model import CCMModel
 from .stream import CCMStream
+from .trainer import CCMTrainer, finetune_full_context
 
-__all__ = ["CCMCache", "CCMConfig", "CCMModel", "CCMStream"]
+__all__ = [
+    "CCMCache",
+    "CCMCollator",
+    "CCMConfig",
+    "CCMModel",
+    "CCMStream",
+    "CCMTrainer",
+    "Query",
+    "ccm_row",
+    "demonstration_rows",
+    "dialogue_rows",
+    "finetune_full_context",
+    "profile_rows",
+]

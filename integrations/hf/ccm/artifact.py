@@ -33,7 +33,7 @@ def save(memory: Memory, model: CCMModel, prefix: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     old = [path for path in folder.iterdir() if TENSORS.fullmatch(path.name)]
     name = f"ccm-{secrets.token_hex(8)}.safetensors"
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, (keys, values) in enumerate(memory.layers):
         tensors |= {f"{i}.keys": keys.contiguous().cpu(), f"{i}.values": values.contiguous().cpu()}
     with whole_file(folder / name) as path:
@@ -63,8 +63,9 @@ def load(folder: Path, model: CCMModel, prefix: int) -> Memory:
     record = hub.read_record(path, KIND, VERSION)
     made_with = _made_with(model)
     fingerprint.compare(record.get("fingerprint"), made_with["fingerprint"], str(path))
-    if record.get("options") != made_with["options"]:
-        theirs = record.get("options") if isinstance(record.get("options"), dict) else {}
+    theirs: Any = record.get("options")
+    if theirs != made_with["options"]:
+        theirs = theirs if isinstance(theirs, dict) else {}
         name = next((k for k, v in made_with["options"].items() if theirs.get(k) != v), "?")
         raise ValueError(
             f"{path} was made with another adapter: {name} was {theirs.get(name)!r} and is "
@@ -91,7 +92,7 @@ def load(folder: Path, model: CCMModel, prefix: int) -> Memory:
 
 
 def _layers(tensors: dict[str, Tensor], model: CCMModel, pairs: int, file: Path) -> tuple[tuple[Tensor, Tensor], ...]:
-    base = model.get_base_model()
+    base = model.language_model
     count = base.config.get_text_config(decoder=True).num_hidden_layers
     if tensors.keys() != {f"{i}.{part}" for i in range(count) for part in ("keys", "values")}:
         raise ValueError(f"{file} does not hold keys and values of {count} layers; save it again")
@@ -122,7 +123,7 @@ def _devices(model: CCMModel, count: int) -> list[torch.device]:
 
 def _made_with(model: CCMModel) -> dict[str, Any]:
     options = asdict(model.ccm_config)
-    return {"fingerprint": fingerprint.of_model(model.get_base_model()), "options": options}
+    return {"fingerprint": fingerprint.of_model(model.language_model), "options": options}
 
 
 def _count(record: dict[str, Any], name: str, path: Path) -> int:

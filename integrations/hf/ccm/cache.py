@@ -16,6 +16,7 @@ from .. import decoder
 from ..chat import encode
 from ..reusable import GenerateCall, ReusableCache
 from .comp_tokens import CompTokens, no_rows
+from .data import first_ids
 from .layers import MemoryLayer, empty_like
 from .model import CCMModel
 
@@ -75,7 +76,7 @@ class CCMCache(ReusableCache):
 
     def _set(self, model: CCMModel, tokenizer: PreTrainedTokenizerBase | None, memory: Memory | None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._base = model.get_base_model()
+        self._base = model.language_model
         config = self._base.config.get_text_config(decoder=True)
         super().__init__(layers=[MemoryLayer() for _ in range(config.num_hidden_layers)])
         self._prefix = 0
@@ -147,9 +148,7 @@ class CCMCache(ReusableCache):
 
     def _first(self) -> list[int]:
         """The token that begins a text, if the tokenizer has one and the sink does not hold it."""
-        first = getattr(self.tokenizer, "bos_token_id", None)
-        adds = self.tokenizer is not None and first is not None and first in self.tokenizer("").input_ids
-        return [int(first)] if adds and not self._prefix else []
+        return [] if self.tokenizer is None or self._prefix else first_ids(self.tokenizer)
 
     @torch.no_grad()
     def _compress(self, rows: list[list[int]]) -> None:

@@ -103,7 +103,8 @@ class ConditionalLora(LoraVariant):  # type: ignore[misc]
         rows = _rows.get()
         if rows is None or not len(rows):
             return result
-        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        down: Any = module.lora_A[active_adapter]
+        up: Any = module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
 
         def update(hidden: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights,
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import hub
+from .. import decoder, hub
 from ..attention import switch_attention
 from .architecture import attention_modules, attention_targets, check_architecture, find_rotation
 from .comp_tokens import CompEmbedding, CompTokens, ParallelAttention, attach, no_rows
 from .config import FILE, CCMConfig
+from .data import segments_of
 
 ADAPTER = "default"
 _WEIGHTS = "adapter_model.safetensors"
@@ -83,6 +84,11 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             base.generation_config.suppress_tokens = sorted(suppressed | set(ids))
 
     @property
+    def language_model(self) -> PreTrainedModel:
+        """The base model with the adapter in its layers."""
+        return decoder.unwrap(self)
+
+    @property
     def comp_ids(self) -> list[int]:
         """The n COMP token ids."""
         assert self.ccm_config.comp_ids is not None
@@ -101,7 +107,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             ema=config.ema,
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -128,8 +134,6 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             marks = torch.isin(input_ids, torch.tensor(self.comp_ids, device=input_ids.device))
             if not bool(marks.any()):
                 return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-            from .data import segments_of
-
             segment_ids, comp_slot = segments_of(input_ids, self.comp_ids, attention_mask)
         if segment_ids is None or comp_slot is None:
             raise ValueError("give segment_ids and comp_slot together, or neither")
@@ -160,16 +164,16 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         config = self.ccm_config
         rows = layout(segment_ids, comp_slot, config.comp_tokens, positions="abs")
         seen = rows.full_context_mask(comp_slot)
-        dtype = self.get_base_model().dtype
+        dtype = self.language_model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         with self.disable_adapter():
-            out = self.get_base_model()(
+            out = self.language_model(
                 input_ids=input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
             )
         logits: Tensor = out.logits
         return logits
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the adapter as PEFT does, and ``ccm_config.json``.
 
         Stock PEFT loads the files and does one online step, ``[context, COMP..]``, with them: a conditional adapter is
@@ -177,7 +181,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         """
         # Of the base model nothing is saved; COMP rows are in the adapter.
         kwargs = {"save_embedding_layers": False} | kwargs
-        adapter = self.peft_config[ADAPTER]
+        adapter: Any = self.peft_config[ADAPTER]
         adapter.alora_invocation_tokens = self.comp_ids if self.ccm_config.conditional else None
         try:
             super().save_pretrained(str(save_directory), **kwargs)
@@ -280,7 +284,8 @@ def _comp_ids(base: PreTrainedModel, config: CCMConfig, vocabulary: int | None) 
     means = _means(base.get_input_embeddings().weight, count)
     base.resize_token_embeddings(rows + count, mean_resizing=False)
     with torch.no_grad():  # resizing leaves random values, which would differ at every load
-        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+        layers: tuple[Any, ...] = (base.get_input_embeddings(), base.get_output_embeddings())
+        for layer in layers:
             if layer is not None:
                 layer.weight[rows:] = means.to(layer.weight)
     return list(range(rows, rows + count))

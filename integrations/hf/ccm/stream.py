@@ -19,9 +19,9 @@ from .model import CCMModel
 class CCMStream:
     """A language model that reads on for ever (thesis section 7.4.1, "Streaming with sliding window").
 
-    The pairs are ``[sink | memory | window]``. When they reach the limit, the oldest tokens of the window are compressed
-    into the memory, which emits its oldest slots when it is full; what stays moves to the positions from 0 on, so
-    positions never pass the limit.
+    The pairs are ``[sink | memory | window]``. When they reach the limit, the oldest tokens of the window are
+    compressed into the memory, which emits its oldest slots when it is full; what stays moves to the positions from 0
+    on, so positions never pass the limit.
 
     Args:
         model: in eval mode, with ``positions="cache"`` and ``recurrent=True``.
@@ -71,7 +71,7 @@ class CCMStream:
             )
         self.model, self.tokenizer = model, tokenizer
         self.max_pairs, self.memory, self.chunk, self.sink = max_pairs, memory, chunk, sink
-        self._base = model.get_base_model()
+        self._base = model.language_model
         limit = getattr(self._base.config.get_text_config(decoder=True), "max_position_embeddings", None)
         changing = decoder.changing_rope_limit(self._base)
         limit = limit if changing is None else changing
@@ -168,7 +168,8 @@ class CCMStream:
                 self._compress()
             count = min(max_new_tokens - len(answer), self.max_pairs - self.pairs)
             mask = torch.ones(1, self.pairs + 1, dtype=torch.long, device=ids.device)
-            out = self._base.generate(
+            model: Any = self._base
+            out = model.generate(
                 last.unsqueeze(0), attention_mask=mask, past_key_values=self._cache, max_new_tokens=count, **kwargs
             )
             self._count()
@@ -239,9 +240,8 @@ class CCMStream:
         averages = []
         for i, (layer, compressed) in enumerate(zip(self._layers(), inner.layers, strict=True)):
             assert layer.keys is not None and layer.values is not None
-            assert (
-                isinstance(compressed, DynamicLayer) and compressed.keys is not None and compressed.values is not None
-            )
+            assert isinstance(compressed, DynamicLayer) and compressed.keys is not None
+            assert compressed.values is not None
             new_keys, new_values = compressed.keys[:, :, -n:], compressed.values[:, :, -n:]
             new_keys = rotate(new_keys, _shift(n, self.sink + slots - n - end, new_keys))
             if merge:

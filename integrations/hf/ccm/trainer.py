@@ -55,7 +55,7 @@ class CCMTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # Trainer reads the signature of the base model, which knows nothing of segments.
-        self._signature_columns = [*_COLUMNS, *self.label_names]
+        self._signature_columns: Any = [*_COLUMNS, *self.label_names]
 
     def compute_loss(
         self,
@@ -79,8 +79,8 @@ class CCMTrainer(Trainer):
         for name, now in vars(inner.ccm_config).items():
             if getattr(config, name) != now:
                 raise ValueError(
-                    f"{folder} was trained with {name}={getattr(config, name)!r} and the model has {now!r}; resume with "
-                    "the same options"
+                    f"{folder} was trained with {name}={getattr(config, name)!r} and the model has {now!r}; resume "
+                    "with the same options"
                 )
         path = hub.member(folder, "adapter_model.safetensors")
         inner._load(load_peft_weights(str(folder), device="cpu"), path)
