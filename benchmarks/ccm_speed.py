@@ -251,8 +251,8 @@ def main() -> None:
                 verdicts.append(common.verdict(f"online over parallel, {name},", ratio, least=TARGETS[shape]))
     header = ["shape", "parallel s", "range", "online s", "range", "online / parallel", "gradients differ"]
     parts = [
-        f"One training step over {STEPS} contexts and a query, one COMP token each, median of {repetitions}; gradients in "
-        "float64, over the largest:",
+        f"One training step over {STEPS} contexts and a query, one COMP token each, median of {repetitions}; gradients "
+        "in float64, over the largest:",
         common.table(header, lines),
     ]
     cell = run.cell("adapter", partial(adapter, tokens, repetitions + 4))

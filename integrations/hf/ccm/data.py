@@ -294,13 +294,16 @@ def _mapped(
                 continue
             _, asked = pairs.pop()  # the last question stays: it is the row's own
             pairs[-1] = (pairs[-1][0], asked)
-        return [step for context, query in pairs for step in (context, *([] if query is None else [query]))]
+        steps: list[list[int] | Query] = []
+        for context, query in pairs:
+            steps += [context] if query is None else [context, query]
+        return steps
 
     def made(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[list[int]]]:
         out: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "segment_ids": [], "comp_slot": []}
         for i, row in enumerate(rows):
             example = {name: batch[name][i] for name in columns}
-            if any(value is None for value in example.values()):
+            if any(value is None or (isinstance(value, list) and None in value) for value in example.values()):
                 raise ValueError(f"row {row} has no value in one of {columns}; leave it out")
             parts, between = texts(example, np.random.default_rng([seed, row]))
             if not parts:

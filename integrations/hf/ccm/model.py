@@ -114,6 +114,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         labels: Tensor | None = None,
         segment_ids: Tensor | None = None,
         comp_slot: Tensor | None = None,
+        distill: float = 0.0,
         **kwargs: Any,
     ) -> Any:
         """The parallel pass over whole rows (figure 7.3); without COMP tokens the base model's own forward.
@@ -124,6 +125,8 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             labels: (B, L) int64, -100 where nothing is predicted; shifted inside, as in every causal model.
             segment_ids, comp_slot: (B, L) int64, see :func:`dataopt.core.ccm.layout`. Without them a segment ends
                 behind its COMP tokens, and what follows the last ones is the query.
+            distill: weight of KL(full context || memory) at the labelled tokens in the loss; the full context is that
+                of :meth:`full_context_logits`.
 
         Raises:
             ValueError: rows that :func:`dataopt.core.ccm.layout` refuses, or COMP ids as labels.
@@ -147,7 +150,11 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         nothing = torch.zeros(1, 1, 1, 1, device=input_ids.device)
         kwargs |= {"position_ids": rows.position_ids, "use_cache": False, "ccm": CompTokens(rows.comp_rows, attending)}
         with no_rows():
-            return super().forward(input_ids=input_ids, attention_mask=nothing, labels=labels, **kwargs)
+            out = super().forward(input_ids=input_ids, attention_mask=nothing, labels=labels, **kwargs)
+        if distill and labels is not None:
+            teacher = self.full_context_logits(input_ids, segment_ids, comp_slot)
+            out.loss = out.loss + distill * divergence(teacher, out.logits, labels, kwargs.get("num_items_in_batch"))
+        return out
 
     @torch.no_grad()
     def full_context_logits(self, input_ids: Tensor, segment_ids: Tensor, comp_slot: Tensor) -> Tensor:
@@ -248,6 +255,21 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         if not all(bool(w.isfinite().all()) for w in weights.values()):
             raise ValueError(f"{path} has weights that are not finite; the training had failed")
         set_peft_model_state_dict(self, weights, ADAPTER)
+
+
+def divergence(teacher: Tensor, student: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """KL(teacher || student) of the next-token distributions that predict a label.
+
+    Args:
+        teacher, student: (B, L, V) logits.
+        labels: (B, L) int64, -100 where nothing is predicted.
+        items: what the sum is divided by; None takes the number of labels.
+    """
+    predicts = labels[:, 1:] != -100
+    p = teacher[:, :-1][predicts].float().log_softmax(-1)
+    q = student[:, :-1][predicts].float().log_softmax(-1)
+    total = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+    return total / (len(p) if items is None else items)
 
 
 def _shape(shape: torch.Size | None) -> str:

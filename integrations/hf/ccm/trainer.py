@@ -65,12 +65,8 @@ class CCMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Cross-entropy of the labelled tokens, and the divergence from the full context where it is asked for."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.distill:
-            inner = self.accelerator.unwrap_model(model)
-            teacher = inner.full_context_logits(*(inputs[name] for name in ("input_ids", "segment_ids", "comp_slot")))
-            loss = loss + self.distill * divergence(teacher, outputs.logits, inputs["labels"], num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        inputs = {**inputs, "distill": self.distill} if self.distill else inputs
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         inner: Any = self.model if model is None else model
@@ -84,21 +80,6 @@ class CCMTrainer(Trainer):
                 )
         path = hub.member(folder, "adapter_model.safetensors")
         inner._load(load_peft_weights(str(folder), device="cpu"), path)
-
-
-def divergence(teacher: Tensor, student: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """KL(teacher || student) of the next-token distributions that predict a label.
-
-    Args:
-        teacher, student: (B, L, V) logits.
-        labels: (B, L) int64, -100 where nothing is predicted.
-        items: what the sum is divided by; None takes the number of labels.
-    """
-    predicts = labels[:, 1:] != -100
-    p = teacher[:, :-1][predicts].float().log_softmax(-1)
-    q = student[:, :-1][predicts].float().log_softmax(-1)
-    total = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
-    return total / (len(p) if items is None else items)
 
 
 def finetune_full_context(
