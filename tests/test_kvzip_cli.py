@@ -16,7 +16,7 @@ from dataopt import kvzip_sweep, plots
 from dataopt.cli import app
 from dataopt.integrations.hf import KVzipCache
 from dataopt.integrations.hf.chat import encode
-from dataopt.kvzip_commands import Source
+from dataopt.language_models import Source
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from . import __version__, clean_cli, condense_cli, kvzip_cli, review_cli
+from . import __version__, ccm_cli, clean_cli, condense_cli, kvzip_cli, review_cli
 from .refusals import extra
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 
+app.add_typer(ccm_cli.app, name="ccm")
 app.add_typer(condense_cli.app, name="condense")
 app.add_typer(kvzip_cli.app, name="kvzip")
 app.command()(clean_cli.clean)

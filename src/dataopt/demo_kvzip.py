@@ -19,8 +19,9 @@ import torch
 from . import plots
 from .core.artifacts import write_whole
 from .integrations.hf import KVzipCache
-from .kvzip_commands import SMOLLM2, Source, answers
+from .kvzip_commands import answers
 from .kvzip_sweep import pair_bytes
+from .language_models import SMOLLM2, Source
 
 RATIOS = (1.0, 0.5, 0.3, 0.1)
 SHOWN = 0.3  # ratio of the picture

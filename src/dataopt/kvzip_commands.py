@@ -4,64 +4,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
-from transformers.utils import logging
+from transformers import TextStreamer
 
 from . import kvzip_sweep
 from .core.artifacts import write_whole
-from .devices import find_device
 from .integrations.hf import KVzipCache, hub
 from .integrations.hf.kvzip import artifact
 from .integrations.hf.kvzip.context import Options
 from .integrations.hf.kvzip.layers import SlidingState
+from .language_models import Source, cache_argument, check_out, decode, read_text
 
-SMOLLM2 = "smollm2"
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _ROWS = 8  # questions that are answered at once
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from and how it runs; the options of the command line."""
-
-    model: str
-    dtype: str = "auto"
-    device: str = "auto"
-    revision: str | None = None
-
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model in eval mode, on its device, and its tokenizer.
-
-        Raises:
-            ValueError: an impossible device, or a revision of what has none.
-            OSError: no such model.
-            ModuleNotFoundError: smollm2 without its package.
-        """
-        device = find_device(self.device)
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        if self.model == SMOLLM2:
-            from .smollm2 import load_smollm2
-
-            if self.revision is not None:
-                raise ValueError(f"revision={self.revision!r}: {SMOLLM2} comes from a pip package and has none")
-            model, tokenizer = load_smollm2(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
-        else:
-            model = AutoModelForCausalLM.from_pretrained(self.model, revision=self.revision, dtype=self.dtype).eval()
-            tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
-        moved: Any = model
-        return moved.to(device), tokenizer
 
 
 def compress(
@@ -75,7 +38,7 @@ def compress(
     Raises:
         ValueError: a bad option, a text that is no UTF-8, or a folder with something in it.
     """
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     Options(**options)  # a bad one is refused before a model is loaded
     context = read_text(file)
     model, tokenizer = source.load()
@@ -178,12 +141,10 @@ def _prompt(cache: KVzipCache, max_new_tokens: int, conversation: bool) -> None:
 
 
 def _generate(cache: KVzipCache, inputs: dict[str, Any], max_new_tokens: int, **kwargs: Any) -> torch.Tensor:
-    # the argument's name changed in transformers 5.24, and the old one warns
-    name = "cache" if "cache" in inspect.signature(cache.model.forward).parameters else "past_key_values"
     generate: Any = cache.model.generate
     return generate(
         **inputs,
-        **{name: cache},
+        **cache_argument(cache.model, cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=cache._pad_id(),
@@ -199,10 +160,10 @@ def sweep(
     Raises:
         ValueError: a bad option, ratios or questions that cannot be read, or a folder with something in it.
     """
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     wanted = kvzip_sweep.read_ratios(ratios)
     Options(**options)
-    pairs = kvzip_sweep.read_questions(_decode(questions.read_bytes(), str(questions))) if questions else []
+    pairs = kvzip_sweep.read_questions(decode(questions.read_bytes(), str(questions))) if questions else []
     context = read_text(file)
     model, tokenizer = source.load()
     start = time.perf_counter()
@@ -242,26 +203,3 @@ def sweep(
     print(f"\nWrote {out / 'sweep.json'}{' and ' + str(out / 'sweep.png') if drawn else ''}.")
     if not drawn:
         print('No picture without matplotlib; get it with: pip install "dataopt[plots]"')
-
-
-def read_text(file: str) -> str:
-    """The text of a file, or of stdin for ``-``, without the line break at its end.
-
-    Raises:
-        ValueError: it is not UTF-8.
-        OSError: it cannot be read.
-    """
-    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    return _decode(content, "stdin" if file == "-" else file).rstrip("\r\n")
-
-
-def _decode(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name} is not UTF-8 text (byte {e.start}); convert it first") from e
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty; give another folder, or --overwrite")

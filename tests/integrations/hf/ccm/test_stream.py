@@ -144,6 +144,11 @@ def test_generation_goes_on_beyond_the_limit():
     assert stream.pairs == reference.pairs() and stream.steps == reference.steps
     more = stream.feed(input_ids=[7])
     assert (more[0] - logits.log_softmax(-1)[7]).abs() < 1e-5
+    logits = reference.step(7)
+    for token in stream.generate(max_new_tokens=5, do_sample=False).tolist():
+        logits[model.comp_ids] = -torch.inf
+        assert int(logits.argmax()) == token
+        logits = reference.step(token)
 
 
 def test_generation_stops_at_the_end_token():
@@ -178,6 +183,8 @@ def test_bad_sizes_and_models_are_refused(tokenizer):
         stream.feed("")
     with pytest.raises(ValueError, match="COMP tokens"):
         stream.feed(input_ids=model.comp_ids)
+    with pytest.raises(ValueError, match="the stream is empty"):
+        stream.generate()
     with pytest.raises(ValueError, match="one row"):
         stream.generate("a", num_beams=2)
     with pytest.raises(ValueError, match="needs a tokenizer"):

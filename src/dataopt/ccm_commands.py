@@ -1,0 +1,374 @@
+"""What ``dataopt ccm train``, ``chat`` and ``stream`` do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+
+from .core.artifacts import write_whole
+from .integrations.hf import (
+    CCMCache,
+    CCMCollator,
+    CCMConfig,
+    CCMModel,
+    CCMStream,
+    CCMTrainer,
+    demonstration_rows,
+    dialogue_rows,
+    finetune_full_context,
+    hub,
+    profile_rows,
+)
+from .integrations.hf.ccm.data import full_context_rows
+from .language_models import Source, cache_argument, read_text
+from .out_folder import WORK, claimed
+from .sources import find_source, load_source
+
+COLUMNS = {"dialogue": "dialog", "demonstrations": "demonstrations", "profile": "profile"}
+BASE, REPORT, NOTE = "base", "report.json", "base_model.json"
+_PIECE = 256  # tokens that a stream reads between two moves of the bar
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options about a model that an adapter may know the name of."""
+
+    model: str | None
+    dtype: str
+    device: str
+    revision: str | None
+
+
+# Training
+
+
+def train(
+    dataset: str,
+    out: Path,
+    source: Source,
+    *,
+    form: str,
+    column: str | None,
+    split: str | None,
+    config: str | None,
+    options: dict[str, Any],
+    multi_query: bool,
+    max_tokens: int | None,
+    steps: int,
+    full_context_steps: int,
+    batch_size: int,
+    micro_batch: int,
+    lr: float,
+    distill: float,
+    hold_out: int,
+    checkpointing: bool,
+    seed: int,
+    resume: bool,
+) -> None:
+    """Train, measure on the rows that were kept out, save; checkpoints lie in ``work`` until then.
+
+    Raises:
+        ValueError: a bad option, a data set without the columns of its form, or a folder with something in it.
+    """
+    asked = CCMConfig(**options)
+    found = find_source(dataset, split, config, None)
+    arguments = {
+        "dataset": found, "form": form, "column": column, "options": options, "multi_query": multi_query,
+        "max_tokens": max_tokens, "steps": steps, "full_context_steps": full_context_steps, "batch_size": batch_size,
+        "lr": lr, "distill": distill, "hold_out": hold_out, "seed": seed, "model": source.model,
+    }  # fmt: skip
+    with claimed(out, arguments, resume, "dataopt ccm train"):
+        base, tokenizer = source.load()
+        embedding: Any = base.get_input_embeddings()
+        size = len(embedding.weight)
+        comp_ids = list(range(size, size + asked.comp_tokens))  # those that CCMModel appends
+        rows = _rows(form, load_source(found), tokenizer, comp_ids, column, multi_query, max_tokens, asked.sink, seed)
+    if len(rows) <= hold_out:
+        raise ValueError(f"{len(rows)} rows and --hold-out {hold_out} leave none to train on; hold out fewer")
+    kept = rows.select(range(len(rows) - hold_out, len(rows)))
+    rows = rows.select(range(len(rows) - hold_out))
+    work = out / WORK
+    common: dict[str, Any] = {
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
+        "learning_rate": lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "seed": seed,
+        "report_to": "none",
+        "use_cpu": base.device.type == "cpu",
+        "gradient_checkpointing": checkpointing,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "logging_steps": max(1, steps // 50),
+        "logging_strategy": "steps",
+    }
+
+    def training(folder: str, count: int) -> TrainingArguments:
+        args = TrainingArguments(output_dir=str(work / folder), max_steps=count, **common)
+        args.gradient_accumulation_steps = max(1, round(batch_size / (micro_batch * args.world_size)))
+        return args
+
+    if full_context_steps:
+        args = training(BASE, full_context_steps)
+        args.logging_strategy = "no"  # type: ignore[assignment]
+        base = _first_stage(base, tokenizer, source, args, rows, out / BASE)
+    torch.manual_seed(seed)
+    model = CCMModel(base, asked)
+    assert model.comp_ids == comp_ids
+    args = training("adapter", steps)
+    args.save_strategy, args.save_steps, args.save_total_limit = "steps", max(1, steps // 10), 1  # type: ignore[assignment]
+    trainer = CCMTrainer(model, args, distill=distill, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # off a terminal; the report holds the losses
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint(work / "adapter") if resume else None)
+    seconds = time.perf_counter() - start
+    if not trainer.is_world_process_zero():
+        return
+    model.eval()
+    report: dict[str, Any] = {
+        "seconds": seconds,
+        "rows": len(rows),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "held_out": measured(model, kept, trainer.data_collator, micro_batch) if hold_out else None,
+        "versions": {p: importlib.metadata.version(p) for p in ("dataopt", "torch", "transformers", "peft")},
+    }
+    model.save_pretrained(out)
+    if not full_context_steps:
+        write_whole(out / NOTE, json.dumps({"model": source.model}) + "\n")
+    write_whole(out / REPORT, json.dumps(arguments | report, indent=1) + "\n")
+    losses = report["losses"]
+    print(f"{len(rows):,} rows, {steps} steps in {seconds:.1f} s; loss from {losses[0]:.3f} to {losses[-1]:.3f}")
+    if report["held_out"]:
+        print(
+            f"\n{len(kept)} rows that were kept out; nats per token of the answers, pairs per head before the input:\n"
+        )
+        print(table(report["held_out"]))
+    print(f"\nWrote the adapter into {out}. Talk to it with: dataopt ccm chat {out}")
+
+
+def _first_stage(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    args: TrainingArguments,
+    rows: Dataset,
+    folder: Path,
+) -> PreTrainedModel:
+    """Thesis section 7.4: LoRA on full contexts, merged; kept, so that a resumed run finds it."""
+    if (folder / "config.json").exists():
+        again, _ = replace(source, model=str(folder), revision=None).load()
+        return again
+    tuned = finetune_full_context(base, args, rows)
+    tokenizer.save_pretrained(folder)
+    tuned.save_pretrained(folder)
+    return tuned
+
+
+def _checkpoint(folder: Path) -> str | None:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return str(found[-1]) if found else None
+
+
+def _rows(
+    form: str,
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    comp_ids: Sequence[int],
+    column: str | None,
+    multi_query: bool,
+    max_tokens: int | None,
+    sink: bool,
+    seed: int,
+) -> Dataset:
+    forms: dict[str, tuple[Callable[..., Dataset], str]] = {
+        "dialogue": (dialogue_rows, "turns"),
+        "demonstrations": (demonstration_rows, "demonstrations"),
+        "profile": (profile_rows, "profile"),
+    }
+    make, name = forms[form]
+    more = {} if max_tokens is None else {"max_tokens": max_tokens}
+    named = {name: column or COLUMNS[form]}
+    return make(data, tokenizer, comp_ids, multi_query=multi_query, sink=sink, seed=seed, **named, **more)
+
+
+@torch.no_grad()
+def measured(model: CCMModel, rows: Dataset, collator: Any, batch: int) -> dict[str, dict[str, float]]:
+    """Loss of the answers without context, from the memory, and from the full context; and the pairs of each."""
+    sums = {"no context": 0.0, "CCM": 0.0, "full context": 0.0}
+    labels, asked, text, slots = 0, 0, 0, 0
+    base, device = model.language_model, model.language_model.device
+    plain = CCMCollator(collator.pad_token_id, full_context=True)
+    for start in range(0, len(rows), batch):
+        part = [rows[i] for i in range(start, min(start + batch, len(rows)))]
+        made = {name: t.to(device) for name, t in collator(part).items()}
+        count = int((made["labels"][:, 1:] != -100).sum())
+        labels += count
+        sums["CCM"] += float(model(**made).loss) * count
+        full = model.full_context_logits(made["input_ids"], made["segment_ids"], made["comp_slot"])
+        sums["full context"] += float(_loss(full, made["labels"]))
+        for row in part:
+            contexts = {s for s, slot in zip(row["segment_ids"], row["comp_slot"], strict=True) if slot >= 0}
+            queries = sorted(set(row["segment_ids"]) - contexts - {0})
+            for single, query in zip(full_context_rows(row), queries, strict=True):
+                before = [s for s in contexts if s < query]
+                length = row["segment_ids"].count(query)
+                asked += 1
+                text += len(single["input_ids"]) - length
+                steps = len(before) if model.ccm_config.mode == "concat" else min(1, len(before))
+                slots += row["segment_ids"].count(0) + steps * model.ccm_config.comp_tokens
+                alone = {name: values[-length:] for name, values in single.items()}
+                ids = plain._padded(alone["input_ids"], length, 0)
+                logits = base(torch.tensor([ids], device=device)).logits
+                sums["no context"] += float(_loss(logits, torch.tensor([alone["labels"]], device=device)))
+    pairs = {"no context": 0.0, "CCM": slots / asked, "full context": text / asked}
+    return {name: {"loss": total / labels, "pairs": pairs[name]} for name, total in sums.items()}
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+    )
+
+
+def table(held_out: dict[str, dict[str, float]]) -> str:
+    """A line for each method."""
+    lines = [f"{'':14} {'loss':>7} {'perplexity':>11} {'pairs':>8}"]
+    lines += [
+        f"{name:14} {row['loss']:7.3f} {math.exp(min(row['loss'], 50)):11.2f} {row['pairs']:8.1f}"
+        for name, row in held_out.items()
+    ]
+    return "\n".join(lines)
+
+
+# Using it
+
+
+def load(adapter: str, asked: Asked) -> tuple[CCMModel, PreTrainedTokenizerBase]:
+    """The adapter on its base model.
+
+    Raises:
+        ValueError: no base model is known, or files that do not fit.
+    """
+    name = asked.model
+    if name is None:
+        folder = hub.find(adapter, [NOTE, f"{BASE}/*", "adapter_config.json"])
+        name = str(folder / BASE) if (folder / BASE).is_dir() else None
+        for file, key in ((NOTE, "model"), ("adapter_config.json", "base_model_name_or_path")):
+            if name is None and (folder / file).is_file():
+                name = json.loads(hub.member(folder, file).read_text()).get(key)
+    if not name:
+        raise ValueError(f"{adapter} does not say which model it belongs to; name it with --model")
+    base, tokenizer = Source(name, asked.dtype, asked.device, asked.revision).load()
+    return CCMModel.from_pretrained(base, adapter), tokenizer
+
+
+def chat(adapter: str, asked: Asked, folder: Path | None, max_new_tokens: int, separator: str) -> None:
+    """A conversation in the terminal, or over stdin; both sides of every turn become contexts.
+
+    Raises:
+        ValueError: what cannot be loaded.
+    """
+    model, tokenizer = load(adapter, asked)
+    config = model.language_model.config.get_text_config(decoder=True)
+    if folder is not None and (folder / "ccm_memory.json").exists():
+        memory = CCMCache.from_pretrained(folder, model, tokenizer)
+    else:
+        memory = CCMCache(model, tokenizer)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    spoken = 2 * config.num_hidden_layers * heads * head * model.language_model.dtype.itemsize
+    read = sum(memory._memory.text) if memory._memory is not None else 0
+    typed = sys.stdin.isatty()
+    if typed:
+        print("An empty line ends.")
+    while True:
+        try:
+            said = input("> " if typed else "").strip()
+        except EOFError:
+            break
+        if not said:
+            break
+        turn = f"{separator} {said}"
+        if not memory.steps[0]:
+            turn = turn.lstrip("\n")
+        answer = _answer(model, tokenizer, memory, turn + separator, max_new_tokens, separator)
+        for text in (turn, f"{separator} {answer}" if answer else ""):
+            if text:
+                memory.append(text)
+                read += len(tokenizer(text, add_special_tokens=False).input_ids)
+        print(answer)
+        print(
+            f"[memory: {memory.slots[0]} pairs, {memory.nbytes:,} bytes; full context: {read} pairs, "
+            f"{read * spoken:,} bytes]",
+            flush=True,
+        )
+        if folder is not None:
+            memory.save_pretrained(folder)
+    if typed:
+        print()
+
+
+def _answer(
+    model: CCMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    memory: CCMCache,
+    question: str,
+    max_new_tokens: int,
+    separator: str,
+) -> str:
+    inputs = memory.inputs(question)
+    generate: Any = model.language_model.generate
+    stop = {"stop_strings": [separator], "tokenizer": tokenizer} if separator.strip() else {}
+    out = generate(
+        **inputs,
+        **cache_argument(model.language_model, memory),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=memory._pad_id(),
+        **stop,
+    )
+    text = str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return text.split(separator)[0].strip() if separator.strip() else text.strip()
+
+
+def stream(adapter: str, file: str, asked: Asked, go_on: int, **sizes: int) -> None:
+    """Read a text and print its perplexity, the pairs that it took, and a continuation.
+
+    Raises:
+        ValueError: sizes that do not go together, an empty text, or what cannot be loaded.
+    """
+    text = read_text(file)
+    model, tokenizer = load(adapter, asked)
+    reading = CCMStream(model, tokenizer, **sizes)
+    ids = tokenizer(text).input_ids
+    if not ids:
+        raise ValueError(f"{file} is empty; give a text")
+    start = time.perf_counter()
+    scores = []
+    with tqdm(total=len(ids), unit="token", disable=None, leave=False) as bar:
+        for at in range(0, len(ids), _PIECE):
+            piece = ids[at : at + _PIECE]
+            scores.append(reading.feed(input_ids=piece))
+            bar.update(len(piece))
+    seconds = time.perf_counter() - start
+    loss = -float(torch.cat(scores)[1:].mean()) if len(ids) > 1 else math.nan
+    print(
+        f"{len(ids):,} tokens in {seconds:.1f} s: perplexity {math.exp(loss):.2f} ({loss:.3f} nats per token); at most "
+        f"{reading.peak_pairs} pairs per head, {reading.nbytes:,} bytes, {reading.steps} compressions"
+    )
+    if go_on:
+        print(tokenizer.decode(reading.generate(max_new_tokens=go_on, do_sample=False), skip_special_tokens=True))

@@ -1,0 +1,82 @@
+"""What the commands about language models share: the model that is named, and the text that is read."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .devices import find_device
+
+SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from and how it runs; the options of the command line."""
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model in eval mode, on its device, and its tokenizer.
+
+        Raises:
+            ValueError: an impossible device, or a revision of what has none.
+            OSError: no such model.
+            ModuleNotFoundError: smollm2 without its package.
+        """
+        device = find_device(self.device)
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        if self.model == SMOLLM2:
+            from .smollm2 import load_smollm2
+
+            if self.revision is not None:
+                raise ValueError(f"revision={self.revision!r}: {SMOLLM2} comes from a pip package and has none")
+            model, tokenizer = load_smollm2(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.model, revision=self.revision, dtype=self.dtype).eval()
+            tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+        moved: Any = model
+        return moved.to(device), tokenizer
+
+
+def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """The cache under the name that the model has for it: it changed in transformers 5.24, and the old one warns."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of stdin for ``-``, without the line break at its end.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    return decode(content, "stdin" if file == "-" else file).rstrip("\r\n")
+
+
+def decode(content: bytes, name: str) -> str:
+    """UTF-8 as text; a ValueError names what is not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{name} is not UTF-8 text (byte {e.start}); convert it first") from e
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises ValueError for a folder with something in it."""
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty; give another folder, or --overwrite")
