@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from dataopt import demo, demo_kvzip, plots
+from dataopt import demo, demo_ccm, demo_kvzip, plots
 from dataopt.core.mixup import Mixed
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -190,3 +190,24 @@ def test_the_relation_map_shows_every_neighbour():
     assert places == {(0.4, 0.1): 0.3, (-0.1, 0.2): -0.2, (0.0, 0.0): 0.0}
     assert figure.axes[0].get_title() == "row 7" and dots.get_clim() == (-0.4, 0.4)
     assert Image.open(io.BytesIO(plots.to_png(plots.show_relation_map(*np.zeros((3, 0)))))).format == "PNG"
+
+
+def test_the_conversation_part_reports_what_is_remembered(tmp_path, capsys):
+    demo_ccm.main(out=tmp_path, steps={"model": 3, "adapter": 2})
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "ccm.json").read_text())
+    assert set(report["accuracy"]) == {"nothing", "CCM", "everything"}
+    assert all(len(shares) == demo_ccm.FACTS for shares in report["accuracy"].values())
+    assert [turn["pairs"] for turn in report["conversation"]] == list(demo_ccm.SHOWN)
+    assert all(turn["said"] in demo_ccm.WORDS for turn in report["conversation"])
+    assert "fact 16:" in printed and len(demo_ccm.table(report["accuracy"]).splitlines()) == 1 + len(demo_ccm.SHOWN)
+    with pytest.raises(ValueError, match="is a file"):
+        demo_ccm.main(out=tmp_path / "ccm.json")
+
+
+def test_conversations_ask_about_what_was_said():
+    facts, queries = demo_ccm.conversations(50, 16, 32, torch.Generator().manual_seed(0))
+    for told, asked in zip(facts.tolist(), queries.tolist(), strict=True):
+        assert len({who for who, _ in told}) == 16
+        for t, (_, who, what) in enumerate(asked):
+            assert [who, what] in told[: t + 1]

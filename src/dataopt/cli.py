@@ -35,6 +35,7 @@ class Part(StrEnum):
     clean = "clean"
     condense = "condense"
     kvzip = "kvzip"
+    ccm = "ccm"
 
 
 class _PassThrough(TyperCommand):
@@ -76,7 +77,7 @@ def demo(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Digits: runs per method.")] = 3,
 ) -> None:
-    """Train on handwritten digits with Puzzle Mix, find wrong labels, condense them; question a compressed text."""
+    """Mix, clean and condense handwritten digits; question a compressed text; keep a conversation in a small memory."""
     with extra("demo"):
         wanted = [p for p in Part if p != Part.all and part in (Part.all, p)]
         # All are looked at before one runs, so that what is missing shows at once.

@@ -29,7 +29,7 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Pre
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = find_smollm2()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dataopt" / source.stem
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dataopt" / f"{source.stem}-float32"
     if not folder.exists():
         _convert(source, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).eval()
@@ -55,8 +55,11 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved; a fresh one with the same weights does not.
-    model = AutoModelForCausalLM.from_config(loaded.config)
+    # A model that came from GGUF refuses to be saved and to be trained; a fresh one with the same weights does not.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -83,6 +83,7 @@ class CCMStream:
         self._steps = 0
         self._averages: list[tuple[Tensor, Tensor]] = []  # of each layer, in float32 or better, where they merge
         self._next: Tensor | None = None  # (V,) logits of the token to come
+        self._last: Tensor | None = None  # (1,) the token that was read last
         self._peak = 0
 
     @property
@@ -138,11 +139,13 @@ class CCMStream:
     def generate(
         self, prompt: str | None = None, *, input_ids: Any = None, max_new_tokens: int = 64, **kwargs: Any
     ) -> Tensor:
-        """Read a prompt and write on, beyond the limit too.
+        """Read a prompt, if there is one, and write on, beyond the limit too.
 
         transformers' own ``generate`` runs between two compressions. Prompt and answer become part of the stream.
 
         Args:
+            prompt, input_ids: as for :meth:`feed`; without them the text that was read goes on.
+            max_new_tokens: longest answer.
             kwargs: for ``generate``. What looks at earlier tokens, such as a repetition penalty, sees those since the
                 last compression.
 
@@ -150,16 +153,18 @@ class CCMStream:
             (L,) int64 ids of the answer.
 
         Raises:
-            ValueError: an empty prompt, or several beams or answers.
+            ValueError: an empty prompt, none and nothing read before, or several beams or answers.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if kwargs.get("num_beams", 1) != 1 or kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("a stream has one row: num_beams and num_return_sequences must be 1")
-        ids = self._ids(prompt, input_ids)
-        if len(ids) > 1:
-            self.feed(input_ids=ids[:-1])
-        last, answer = ids[-1:], ids[:0]
+        if prompt is not None or input_ids is not None:
+            self.feed(prompt, input_ids=input_ids)
+        if self._last is None:
+            raise ValueError("the stream is empty; feed it a text, or give a prompt")
+        self._cache.crop(-1)  # generate() wants a token to feed
+        last, answer = self._last, self._last[:0]
         config = kwargs.get("generation_config") or self._base.generation_config
         ends = kwargs.get("eos_token_id", config.eos_token_id if config is not None else None)
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -167,7 +172,7 @@ class CCMStream:
             if self.pairs >= self.max_pairs:
                 self._compress()
             count = min(max_new_tokens - len(answer), self.max_pairs - self.pairs)
-            mask = torch.ones(1, self.pairs + 1, dtype=torch.long, device=ids.device)
+            mask = torch.ones(1, self.pairs + 1, dtype=torch.long, device=last.device)
             model: Any = self._base
             out = model.generate(
                 last.unsqueeze(0), attention_mask=mask, past_key_values=self._cache, max_new_tokens=count, **kwargs
@@ -207,6 +212,7 @@ class CCMStream:
         mask = torch.ones(1, self.pairs + len(ids), dtype=torch.long, device=ids.device)
         out = self._base(ids.unsqueeze(0), attention_mask=mask, past_key_values=self._cache, use_cache=True)
         self._count()
+        self._last = ids[-1:]
         logits: Tensor = out.logits[0].float()
         return logits
 

@@ -1,0 +1,244 @@
+"""``dataopt demo ccm``: a small model is told sixteen things one after another, and remembers them in one pair each.
+
+Who keeps what is drawn anew for every conversation, so the answer can only come from the conversation. First the model
+learns to read such conversations as a whole; then its weights are frozen and the adapter of CCM is trained.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .core.artifacts import write_whole
+from .integrations.hf import CCMCache, CCMConfig, CCMModel
+from .language_models import cache_argument
+
+NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gil", "Hana", "Ida", "Jon", "Kai", "Lea", "Max", "Nora", "Otto", "Pia",
+    "Quin", "Rosa", "Sam", "Tess", "Uma", "Vic", "Wim", "Xena", "Yara", "Zoe", "Amir", "Bea", "Cid", "Dora", "Emil",
+    "Fay",
+)  # fmt: skip
+THINGS = (
+    "bees", "boats", "books", "bikes", "cats", "clocks", "coins", "cups", "dogs", "ducks", "goats", "hens", "kites",
+    "maps", "pots", "roses",
+)  # fmt: skip
+ASK = "?"
+WORDS = [*NAMES, *THINGS, ASK, "[UNK]"]
+FACTS = 16  # of a conversation
+STEPS = {"model": 300, "adapter": 150}
+BATCH = 32
+SHOWN = (1, 2, 4, 8, 16)
+TESTS = 512  # conversations
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", pad_token="[UNK]")
+
+
+def small_model() -> LlamaForCausalLM:
+    """A Llama of 0.3 million parameters. Its embeddings start at unit size: from .02 on it learns to guess only."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.06,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    return model
+
+
+def conversations(count: int, facts: int, names: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Facts (B, T, 2), "Ada bees", and after each a question about one of those so far with its answer (B, T, 3)."""
+    who = torch.stack([torch.randperm(names, generator=generator)[:facts] for _ in range(count)])
+    what = torch.randint(len(THINGS), (count, facts), generator=generator) + len(NAMES)
+    asked = (torch.rand(count, facts, generator=generator) * torch.arange(1, facts + 1)).long()
+    mark = torch.full_like(who, WORDS.index(ASK))
+    return torch.stack([who, what], 2), torch.stack([mark, who.gather(1, asked), what.gather(1, asked)], 2)
+
+
+def train_model(generator: torch.Generator, steps: int, move: Callable[[], object]) -> LlamaForCausalLM:
+    """Learn to answer from a whole conversation, with few names at first.
+
+    At every thing the model must also say whose it is, which teaches it early to look one word back.
+    """
+    model = small_model().train()
+    weights = list(model.parameters())
+    optimizer, schedule = _optimizer(weights, 3e-3, steps, 0.01)
+    for step in range(steps):
+        names = 8 if step < 0.2 * steps else 16 if step < 0.4 * steps else len(NAMES)
+        facts, queries = conversations(BATCH, min(FACTS, names), names, generator)
+        ids = torch.cat([facts, queries], 2)
+        logits = model(ids.flatten(1)).logits.unflatten(1, ids.shape[1:])
+        answers = cross_entropy(logits[:, :, 3].flatten(0, 1), ids[:, :, 4].flatten())
+        owners = cross_entropy(logits[:, :, 1].flatten(0, 1), ids[:, :, 0].flatten())
+        _step(answers + 0.3 * owners, weights, optimizer, schedule)
+        move()
+    return model.eval()
+
+
+def train_adapter(
+    base: LlamaForCausalLM, mode: str, generator: torch.Generator, steps: int, move: Callable[[], object]
+) -> CCMModel:
+    """One COMP token for each fact; the question after each fact is answered from the memory alone."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = CCMConfig(mode=mode, comp_tokens=1, r=16, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
+    model = CCMModel(base, config).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer, schedule = _optimizer(weights, 1e-2, steps, 0.0)
+    for _ in range(steps):
+        loss = model(**rows(model, *conversations(BATCH, FACTS, len(NAMES), generator))).loss
+        _step(loss, weights, optimizer, schedule)
+        move()
+    return model.eval()
+
+
+def rows(model: CCMModel, facts: Tensor, queries: Tensor) -> dict[str, Tensor]:
+    """Each fact with its COMP tokens, then its question, for the parallel pass; labels on the answers."""
+    count, steps, n = len(facts), facts.shape[1], len(model.comp_ids)
+    comp = torch.tensor(model.comp_ids).expand(count, steps, n)
+    ids = torch.cat([facts, comp, queries], 2)
+    labels = torch.full_like(ids, -100)
+    labels[:, :, -1] = ids[:, :, -1]
+    segments = torch.tensor([1] * (2 + n) + [2] * 3) + 2 * torch.arange(steps).unsqueeze(1)
+    slots = torch.tensor([-1, -1, *range(n), -1, -1, -1]).expand(steps, -1)
+    return {
+        "input_ids": ids.flatten(1),
+        "labels": labels.flatten(1),
+        "segment_ids": segments.flatten().expand(count, -1),
+        "comp_slot": slots.flatten().expand(count, -1),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: CCMModel, generator: torch.Generator) -> dict[str, list[float]]:
+    """Share of right answers after each fact: from the memory, from the whole conversation, and from nothing."""
+    facts, queries = conversations(TESTS, FACTS, len(NAMES), generator)
+    made = rows(model, facts, queries)
+    right = queries[:, :, 2]
+
+    def share(logits: Tensor) -> list[float]:
+        said = logits.unflatten(1, (FACTS, -1))[:, :, -2].argmax(-1)
+        return [float(x) for x in (said == right).float().mean(0)]
+
+    labels = made.pop("labels")
+    assert labels is not None
+    base = model.language_model
+    alone = base(queries.flatten(0, 1)[:, :2]).logits[:, -1].argmax(-1).view(TESTS, FACTS)
+    return {
+        "nothing": [float(x) for x in (alone == right).float().mean(0)],
+        "CCM": share(model(**made).logits),
+        "everything": share(model.full_context_logits(**made)),
+    }
+
+
+def talk(model: CCMModel, words: PreTrainedTokenizerFast, generator: torch.Generator) -> list[dict[str, Any]]:
+    """One conversation through ``CCMCache`` and ``generate``: what is said, asked and answered, and the pairs kept."""
+    facts, queries = conversations(1, FACTS, len(NAMES), generator)
+    memory = CCMCache(model, words)
+    out = []
+    for step in range(1, FACTS + 1):
+        fact, query = facts[0, step - 1].tolist(), queries[0, step - 1].tolist()
+        memory.append(words.decode(fact))
+        if step in SHOWN:
+            generate: Any = model.language_model.generate
+            inputs = memory.inputs(words.decode(query[:2])) | cache_argument(model.language_model, memory)
+            said = generate(**inputs, max_new_tokens=1, do_sample=False)
+            who, thing = (WORDS[i] for i in query[1:])
+            out.append(
+                {"step": step, "told": [WORDS[i] for i in fact], "asked": who, "right": thing,
+                 "said": words.decode(said[0, -1:]), "pairs": memory.slots[0], "bytes": memory.nbytes}
+            )  # fmt: skip
+    return out
+
+
+def main(out: Path = Path("demo"), steps: dict[str, int] | None = None) -> None:
+    """Train both, print what is remembered, and write ``ccm.json`` into ``out``.
+
+    Args:
+        steps: of "model" and "adapter", instead of ``STEPS``.
+
+    Raises:
+        ValueError: ``out`` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is a file; give a folder")
+    steps = STEPS if steps is None else steps
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    with tqdm(total=sum(steps.values()), unit="step", disable=None, leave=False) as bar:
+        bar.set_description("model")
+        base = train_model(generator, steps["model"], bar.update)
+        bar.set_description("adapter")
+        model = train_adapter(base, "concat", generator, steps["adapter"], bar.update)
+    seconds = time.perf_counter() - start
+    known = accuracy(model, torch.Generator().manual_seed(1))
+    said = talk(model, tokenizer(), torch.Generator().manual_seed(2))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"A Llama of {sum(p.numel() for p in base.parameters()) - trained:,} parameters and an adapter of {trained:,}, "
+        f"trained in {seconds:.1f} s, threads: {torch.get_num_threads()}. Sixteen facts are told, one by one;\n"
+        f"right answers in {TESTS} new conversations, %, and key-value pairs that are kept of them:\n"
+    )
+    print(table(known))
+    print("\nOne of them:\n")
+    for turn in said:
+        who, thing = turn["told"]
+        kept = f"{turn['pairs']} pair{'s' if turn['pairs'] > 1 else ''}, {turn['bytes']:,} bytes"
+        print(f"  fact {turn['step']:2}: {who} keeps {thing}.".ljust(34), end="")
+        print(f"What does {turn['asked']} keep? {turn['said']}".ljust(34) + f"({turn['right']} is right; {kept})")
+    packages = ("dataopt", "torch", "transformers", "peft")
+    report = {
+        "steps": steps,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "accuracy": known,
+        "conversation": said,
+    }
+    write_whole(out / "ccm.json", json.dumps(report, indent=2) + "\n")
+    print(f"\nWrote {out / 'ccm.json'}.")
+
+
+def table(known: dict[str, list[float]]) -> str:
+    """A line for each number of facts."""
+    lines = [f"{'facts':>6} {'nothing':>9} {'CCM':>7} {'everything':>11} {'pairs: CCM':>11} {'everything':>11}"]
+    for step in SHOWN:
+        shares = [100 * known[name][step - 1] for name in ("nothing", "CCM", "everything")]
+        lines.append(f"{step:6} {shares[0]:9.1f} {shares[1]:7.1f} {shares[2]:11.1f} {step:11} {2 * step:11}")
+    return "\n".join(lines)
+
+
+def _optimizer(weights: list[Any], rate: float, steps: int, decay: float) -> tuple[Any, Any]:
+    """AdamW with a warm-up and a cosine."""
+    optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.98), weight_decay=decay)
+    warm = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _step(loss: Tensor, weights: list[Any], optimizer: Any, schedule: Any) -> None:
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    schedule.step()
