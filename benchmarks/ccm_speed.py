@@ -3,7 +3,10 @@
 One thread. Training: gradients of the adapter are first shown equal in float64; then one step (forward and backward) of
 the parallel pass over 16 contexts and a query is timed against back-propagating through the online steps, one by one.
 Adapter: the decoder layers of SmolLM2's shapes over 2,048 tokens, one in 16 a COMP token, without LoRA, with the
-conditional and with ordinary LoRA. Memory: appending a context at t = 64 against t = 2.
+conditional and with ordinary LoRA. Memory: appending a context at t = 64 against t = 2. A whole model (SmolLM2-135M):
+the parallel pass against the online steps, and answers from 16 contexts of 50 tokens, as in table 7.1.
+
+``--cuda`` measures the same on a GPU, in ``ccm_speed_cuda``; it has not run yet.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from typing import Any
 
 import common
 import torch
-from dataopt.integrations.hf import CCMCache, CCMConfig, CCMModel, decoder
+from dataopt.integrations.hf import CCMCache, CCMConfig, CCMModel, Query, ccm_row, decoder
 from dataopt.integrations.hf.ccm.comp_tokens import CompTokens
+from dataopt.smollm2 import load_smollm2
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -28,6 +32,9 @@ TARGETS = {(384, 4, 4, 32): 1.2, (384, 4, 1, 8): 3.0}
 REPETITIONS = 7
 TOKENS, ONE_IN = 2048, 16
 LAYERS = 4
+USERS = 4  # that are answered at once
+BUDGET = 8 * 2**30  # bytes for the pairs of all users
+DEVICE = torch.device("cpu")
 PACKAGES = ("dataopt", "torch", "transformers", "peft")
 
 
@@ -41,7 +48,7 @@ def model_of(hidden: int, layers: int, mode: str, comp_tokens: int = 1, **option
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(0, 0.02)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def rows_of(model: CCMModel, batch: int, segment: int) -> dict[str, Tensor]:
@@ -53,11 +60,12 @@ def rows_of(model: CCMModel, batch: int, segment: int) -> dict[str, Tensor]:
     contexts = torch.cat([text[:, :STEPS], comp], 2).flatten(1)
     slots = torch.cat([torch.full((segment,), -1), torch.arange(n)]).repeat(STEPS)
     numbers = torch.arange(1, STEPS + 1).repeat_interleave(segment + n)
-    return {
+    made = {
         "input_ids": torch.cat([contexts, text[:, -1]], 1),
         "segment_ids": torch.cat([numbers, torch.full((segment,), STEPS + 1)]).expand(batch, -1),
         "comp_slot": torch.cat([slots, torch.full((segment,), -1)]).expand(batch, -1),
     }
+    return {name: values.to(DEVICE) for name, values in made.items()}
 
 
 def answer_loss(logits: Tensor, query: Tensor) -> Tensor:
@@ -81,16 +89,16 @@ def recursive_loss(model: CCMModel, rows: dict[str, Tensor], segment: int) -> Te
         for i, (keys, values) in enumerate(memory):
             cache.update(keys, values, i)
         seen = memory[0][0].shape[2] if memory else 0
-        places = torch.arange(seen, seen + ids.shape[1]).unsqueeze(0)
-        mask = torch.ones(batch, seen + ids.shape[1], dtype=torch.long)
+        places = torch.arange(seen, seen + ids.shape[1], device=DEVICE).unsqueeze(0)
+        mask = torch.ones(batch, seen + ids.shape[1], dtype=torch.long, device=DEVICE)
         return function(ids, cache, position_ids=places, attention_mask=mask, **kwargs), cache, seen
 
     for t in range(1, STEPS + 1):
         ids = rows["input_ids"][:, (t - 1) * width : t * width]
-        _, cache, seen = reading(ids, partial(decoder.forward, base), ccm=CompTokens(comp.flatten()))
+        _, cache, seen = reading(ids, partial(decoder.forward, base), ccm=CompTokens(comp.flatten().to(DEVICE)))
         new = [(layer.keys[:, :, -n:], layer.values[:, :, -n:]) for layer in cache.layers]  # type: ignore[union-attr,index]
         assert model.rotation is not None
-        shift = torch.full((n,), -segment if not merge else -seen - segment)
+        shift = torch.full((n,), -segment if not merge else -seen - segment, device=DEVICE)
         new = [(model.rotation(keys, shift), values) for keys, values in new]
         if not memory:
             memory = new
@@ -145,12 +153,19 @@ def medians(functions: dict[str, Callable[[], object]], repetitions: int) -> dic
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
+    _wait()
     for _ in range(repetitions):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
+            _wait()
             times[name].append(time.perf_counter() - start)
     return {name: [statistics.median(t), min(t), max(t)] for name, t in times.items()}
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def training(shape: Sequence[int], mode: str, repetitions: int) -> common.Cell:
@@ -180,9 +195,8 @@ def adapter(tokens: int, repetitions: int) -> common.Cell:
     for module in models["plain"].modules():
         if hasattr(module, "lora_variant"):
             module.lora_variant.clear()
-    rows = torch.arange(ONE_IN - 1, tokens, ONE_IN)
-    ids = torch.randint(0, 500, (1, tokens), generator=torch.Generator().manual_seed(0))
-    base = models["conditional"].language_model
+    rows = torch.arange(ONE_IN - 1, tokens, ONE_IN, device=DEVICE)
+    ids = torch.randint(0, 500, (1, tokens), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def forward(model: CCMModel, comp: Tensor | None, enabled: bool = True) -> None:
         with torch.no_grad():
@@ -201,7 +215,6 @@ def adapter(tokens: int, repetitions: int) -> common.Cell:
         },
         repetitions,
     )
-    assert base is not None
     return {"seconds": seconds}
 
 
@@ -222,6 +235,67 @@ def memory_step(mode: str, repetitions: int) -> common.Cell:
     return {"seconds": seconds, "bytes": nbytes}
 
 
+def whole_model(quick: bool, users: int, repetitions: int) -> common.Cell:
+    """Exactness, bytes and answers per second from 16 contexts of 50 tokens, two COMP tokens each."""
+    contexts = torch.randint(100, 500, (STEPS, 50), generator=torch.Generator().manual_seed(0)).tolist()
+    query = torch.randint(100, 500, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows: common.Cell = {}
+    difference, same = 0.0, True
+    for mode in ("concat", "merge"):
+        torch.manual_seed(0)
+        model = CCMModel(_language_model(quick), CCMConfig(mode=mode, lora_dropout=0.0)).to(DEVICE).eval()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(0, 0.02)
+        memory = CCMCache(model)
+        for context in contexts:
+            memory.append(input_ids=context)
+        made = ccm_row([*contexts, Query(query[:1], query[1:])], model.comp_ids)
+        made.pop("labels")
+        batch = {name: torch.tensor([values]).to(DEVICE) for name, values in made.items()}
+        with torch.no_grad():
+            parallel = model(**batch).logits[0, -len(query) :]
+            online = _answer(model, memory, query, 1)[0]
+        difference = max(difference, float((parallel - online).abs().max()))
+        same = same and bool((parallel.argmax(-1) == online.argmax(-1)).all())
+        many = CCMCache.stack([memory] * users)
+        seconds = medians({"answer": partial(_answer, model, many, query, users)}, repetitions)["answer"]
+        rows[f"CCM-{mode}"] = {"pairs": memory.slots[0], "bytes": memory.nbytes, "seconds": seconds}
+    base = model.language_model
+    full = DynamicCache(config=base.config)
+    text = torch.tensor([[i for context in contexts for i in context]]).to(DEVICE)
+    with torch.no_grad():
+        base(text, past_key_values=full)
+    full.batch_repeat_interleave(users)
+    length = full.get_seq_length()
+
+    def answer() -> None:
+        with torch.no_grad():
+            base(torch.tensor([query] * users).to(DEVICE), past_key_values=full)
+        full.crop(-len(query))
+
+    nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers) // users  # type: ignore[union-attr]
+    seconds = medians({"answer": answer}, repetitions)["answer"]
+    rows["full context"] = {"pairs": length, "bytes": nbytes, "seconds": seconds}
+    return {"difference": difference, "same argmax": same, "rows": rows}
+
+
+@torch.no_grad()
+def _answer(model: CCMModel, memory: CCMCache, query: list[int], users: int) -> Tensor:
+    inputs = memory.inputs(input_ids=[query] * users)
+    logits: Tensor = model.language_model(**inputs, past_key_values=memory).logits
+    memory.restore()
+    return logits
+
+
+def _language_model(quick: bool) -> Any:
+    if quick:
+        shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape)).eval()
+    return load_smollm2()[0]
+
+
 def appended(memory: CCMCache, context: Tensor) -> int:
     fork = memory.fork()
     fork.append(input_ids=context)
@@ -229,12 +303,21 @@ def appended(memory: CCMCache, context: Tensor) -> int:
 
 
 def main() -> None:
-    args = common.parser(__doc__).parse_args()
+    global DEVICE
+    arguments = common.parser(__doc__)
+    arguments.add_argument("--cuda", action="store_true", help="on a GPU")
+    args = arguments.parse_args()
+    name, goal = "ccm_speed", TARGETS
+    if args.cuda:
+        if not torch.cuda.is_available():
+            common.stop("--cuda finds no GPU; without it the processor is measured")
+        name, goal, DEVICE = "ccm_speed_cuda", dict.fromkeys(TARGETS, 5.0), torch.device("cuda")
     shapes, repetitions, tokens = SHAPES, REPETITIONS, TOKENS
     if args.quick:
         shapes, repetitions, tokens = ((64, 2, 1, 4),), 1, 64
     settings = {"steps": STEPS, "repetitions": repetitions, "tokens": tokens, "one_in": ONE_IN, "layers": LAYERS}
-    run = common.start("ccm_speed", "What CCM costs", args, 1, settings, packages=PACKAGES)
+    settings |= {"users": USERS, "gpu": torch.cuda.get_device_name() if args.cuda else None}
+    run = common.start(name, "What CCM costs", args, 1, settings, packages=PACKAGES)
     lines, verdicts = [], []
     for shape in shapes:
         for mode in ("concat", "merge"):
@@ -247,8 +330,8 @@ def main() -> None:
                 [name, f"{parallel[0]:.3f}", spread[0], f"{recursive[0]:.3f}", spread[1], f"{ratio:.2f}",
                  f"{cell['difference']:.0e}"]
             )  # fmt: skip
-            if shape in TARGETS:
-                verdicts.append(common.verdict(f"online over parallel, {name},", ratio, least=TARGETS[shape]))
+            if shape in goal:
+                verdicts.append(common.verdict(f"online over parallel, {name},", ratio, least=goal[shape]))
     header = ["shape", "parallel s", "range", "online s", "range", "online / parallel", "gradients differ"]
     parts = [
         f"One training step over {STEPS} contexts and a query, one COMP token each, median of {repetitions}; gradients "
@@ -283,6 +366,19 @@ def main() -> None:
     parts += [
         f"Appending a context of 64 tokens, two COMP tokens, median of {repetitions + 4}:",
         common.table(["memory", "ms at t = 2", "ms at t = 64", "ratio", "bytes at t = 2", "at t = 64"], lines),
+    ]
+    cell = run.cell("a whole model", partial(whole_model, args.quick, USERS, repetitions))
+    full = cell["rows"]["full context"]["seconds"][0]
+    lines = [
+        [name, str(row["pairs"]), f"{row['bytes']:,}", f"{BUDGET // row['bytes']:,}",
+         f"{USERS / row['seconds'][0]:.2f}", f"{full / row['seconds'][0]:.2f}"]
+        for name, row in cell["rows"].items()
+    ]  # fmt: skip
+    parts += [
+        f"SmolLM2-135M in float32, 16 contexts of 50 tokens, two COMP tokens: parallel and online logits differ by at "
+        f"most {cell['difference']:.0e}, the same tokens come first: {'yes' if cell['same argmax'] else 'NO'}. Reading "
+        f"a question of 16 tokens for {USERS} users at once (table 7.1):",
+        common.table(["memory", "pairs", "bytes a user", "users in 8 GiB", "questions / s", "times full"], lines),
     ]
     run.report(*parts, *verdicts)
 

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dataopt.integrations.hf import CCMConfig, CCMModel
 from PIL import Image
 from threadpoolctl import threadpool_limits
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
@@ -24,6 +26,7 @@ NAMES = (
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
     *("relation_speed", "mixup_methods", "mixup", "condense_data", "condense", "condense_speed"),
+    *("ccm_tasks", "ccm_methods", "ccm", "ccm_speed", "ccm_stream"),
 )
 
 
@@ -364,3 +367,93 @@ def test_the_plain_loop_has_the_losses_of_released(scripts, folder):
     speed = scripts["condense_speed"]
     with threadpool_limits(1):
         assert speed.equal(speed.Setup(folder, True))["one network"][0] < 1e-12
+
+
+def test_ccm(run, results):
+    cells, text = run("ccm")
+    assert all(len(cells["facts: bounds, seed 0"][f"{name}, test"]) == 16 for name in ("full", "none"))
+    for row in ("CCM-merge, plain LoRA", "Gisting-online", "Gisting, fixed context", "recurrent soft prompts"):
+        assert all(0 <= share <= 1 for share in cells[f"facts: {row}, seed 0"]["test"])
+    assert "held out" in cells["16 tables: CCM-concat, plain LoRA, seed 0"]
+    assert "facts: concat at every t" not in text and "facts: full context at every t at least 0.98" in text
+    assert (results / "ccm_accuracy.png").stat().st_size > 10_000
+
+
+def test_ccm_rows_and_pairs(scripts):
+    methods, tasks = scripts["ccm_methods"], scripts["ccm_tasks"]
+    draw = tasks.Tables(tasks.tables_of(0), 3, 4, tied=True)
+    contexts, questions, answers = draw(4, torch.Generator().manual_seed(0))
+    table = tasks.tables_of(0)[3]
+    assert torch.equal(table[questions[:, :, 1] - tasks._QUERY] + tasks._VALUE, answers)
+    assert (questions[:, :, 0] == tasks._ID + 3).all()
+    shown = table[contexts[:, :, 0::2] - tasks._KEY] + tasks._VALUE == contexts[:, :, 1::2]
+    assert 0.6 < shown.float().mean() < 0.85  # 30 % are drawn anew, an eighth of them right
+    assert methods.METHODS["CCM-concat, 2 COMP tokens"].pairs(16, 4) == (32, 36)
+    assert methods.METHODS["CCM-merge"].pairs(16, 4) == (1, 6)
+    assert methods.METHODS["Gisting, fixed context"].pairs(16, 4) == (1, 65)
+    assert methods.METHODS["Gisting-online"].pairs(16, 4) == (16, 16)
+
+
+def test_pooled_pairs_are_means_of_the_context(scripts):
+    """Against the keys and values of the context's tokens, taken from a plain forward pass."""
+    methods, tasks = scripts["ccm_methods"], scripts["ccm_tasks"]
+    base = tasks.small_model(0)
+    rows = tasks.facts(1, torch.Generator().manual_seed(0), 2)
+    cache = DynamicCache(config=base.config)
+    base(rows[0][:, 0], past_key_values=cache)
+    model = methods.make(methods.METHODS["pooled pairs (Compressive)"], base, 0).eval()
+    made = methods.flat_rows(rows, model.comp_ids)
+    made.pop("labels")
+    logits = model(**made).logits[0, 3:5]  # the first question, behind the first context
+    memory = DynamicCache(config=base.config)
+    for i, layer in enumerate(cache.layers):
+        bare = model.rotation(layer.keys, torch.tensor([0, -1])).mean(2, keepdim=True)  # to position 0
+        memory.update(bare, layer.values.mean(2, keepdim=True), i)
+    with model.disable_adapter():
+        asked = model.language_model(rows[1][:, 0], past_key_values=memory, position_ids=torch.tensor([[1, 2]])).logits[
+            0
+        ]
+    torch.testing.assert_close(logits, asked, rtol=1e-4, atol=1e-4)
+
+
+def test_ccm_speed(run):
+    cells, text = run("ccm_speed")
+    name = "training, hidden 64, 2 layers, batch 1, segments of 4, merge"
+    assert cells[name]["difference"] < 1e-9 and cells[name]["seconds"]["parallel"][0] > 0
+    assert cells["memory step, merge"]["bytes"]["t = 2"] == cells["memory step, merge"]["bytes"]["t = 64"]
+    assert "conditional LoRA over none at most 1.02" in text
+    assert cells["a whole model"]["difference"] < 1e-2 and cells["a whole model"]["same argmax"]
+    sizes = {name: row["bytes"] for name, row in cells["a whole model"]["rows"].items()}
+    assert sizes["full context"] == 25 * sizes["CCM-concat"] == 400 * sizes["CCM-merge"]
+
+
+def test_ccm_stream(run):
+    cells, text = run("ccm_stream")
+    for mode in ("concat", "merge"):
+        cell = cells["seed 0"][mode]
+        assert cell["early difference"] < 1e-3 and cell["peak"] == 162  # nothing was compressed or dropped yet
+        assert 0 < cell["CCM"] < 20 and 0 < cell["sinks"] < 20
+    assert "gain of merge" in text
+
+
+@torch.no_grad()
+def test_sinks_see_the_first_token_and_the_window(scripts):
+    """Against a forward pass over the tokens that are left, in one layer, where keys depend on nothing else."""
+    stream, setup = scripts["ccm_stream"], scripts["ccm_stream"].Setup(max_pairs=12, memory=2, chunk=4)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.3, **shape)).eval()
+    model = CCMModel(base, CCMConfig()).eval()
+    ids = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(0))
+    got = stream.with_sinks(model, ids, setup, 2)
+    kept, before, slots = [], [], 0
+    for at, token in enumerate(ids.tolist()):
+        if len(kept) == 12:
+            more = 2 if slots < 2 else 0
+            slots += more
+            kept = kept[:1] + kept[1 + 4 - more :]
+        if at:
+            scores = base(torch.tensor([before])).logits[0, -1].log_softmax(-1)
+            assert abs(float(scores[token] - got[at])) < 1e-4
+        kept.append(token)
+        before = list(kept)
