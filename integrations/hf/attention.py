@@ -64,6 +64,12 @@ def switch_attention(model: PreTrainedModel) -> None:
             f"model: {type(model).__name__} does not use the attention interface of transformers, so its cache cannot "
             "be replaced; take a model whose class sets _supports_attention_backend"
         )
+    name = config._attn_implementation
+    if name is not None and name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise TypeError(
+            f"model: its attention implementation {name!r} has no mask function, so whatever is cached would be read "
+            "without a mask; call model.set_attn_implementation('sdpa') first"
+        )
     # Flash and flex kernels want masks of another form; sdpa computes the same and takes a mask that covers the tail.
     # It knows no soft cap, though, and some versions let such a model run with it.
     capped = getattr(config, "attn_logit_softcapping", None) is not None

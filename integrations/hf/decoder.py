@@ -73,3 +73,12 @@ def changing_rope_limit(model: PreTrainedModel) -> int | None:
                 original or getattr(config, "original_max_position_embeddings", 0) or config.max_position_embeddings
             )
     return None
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Positions that the model has, up to where its rotary frequencies would change; None where it has no limit."""
+    changing = changing_rope_limit(model)
+    if changing is not None:
+        return changing
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if limit is None else int(limit)

@@ -244,14 +244,12 @@ class CCMCache(ReusableCache):
         return self._seen_mask(memory).sum(1)
 
     def _check_positions(self, last: int) -> None:
-        limit = getattr(self._base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        changing = decoder.changing_rope_limit(self._base)
-        limit = changing if changing is not None else limit
+        limit = decoder.positions(self._base)
         if limit is not None and last > limit:
-            advice = "shorten the context"
+            advice = "shorten it"
             if self.model.ccm_config.positions == "abs":
                 advice = "positions='abs' counts all text; train with positions='cache' for longer conversations"
-            raise ValueError(f"the context would reach position {last} and the model has {limit}; {advice}")
+            raise ValueError(f"the text would reach position {last} and the model has {limit}; {advice}")
 
     # Asking
 
@@ -279,6 +277,7 @@ class CCMCache(ReusableCache):
             raise ValueError(f"{len(rows)} questions for {self.users} users; give one for each, or one")
         self.restore()
         width = max(map(len, rows))
+        self._check_positions(int(self._start().max()) + width)
         ids = torch.full((len(rows), width), self._pad_id())
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):

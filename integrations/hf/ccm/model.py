@@ -145,6 +145,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         if labels is not None and bool(torch.isin(labels, torch.tensor(self.comp_ids, device=labels.device)).any()):
             raise ValueError("labels holds COMP ids, which are never predicted; put -100 there")
         rows = self.layout(segment_ids, comp_slot)
+        self._check_positions(rows)
         attending = ParallelAttention(rows, self.rotation, self._implementation)
         # A mask of four dimensions is passed on as it is; this one says nothing and is not read.
         nothing = torch.zeros(1, 1, 1, 1, device=input_ids.device)
@@ -155,6 +156,16 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             teacher = self.full_context_logits(input_ids, segment_ids, comp_slot)
             out.loss = out.loss + distill * divergence(teacher, out.logits, labels, kwargs.get("num_items_in_batch"))
         return out
+
+    def _check_positions(self, rows: Layout) -> None:
+        limit = decoder.positions(self.language_model)
+        if limit is not None and int(rows.position_ids.max()) >= limit:
+            advice = "drop contexts"
+            if self.ccm_config.positions == "abs":
+                advice = "positions='abs' counts all text: drop contexts, or train with positions='cache'"
+            raise ValueError(
+                f"a row reaches position {int(rows.position_ids.max())} and the model has {limit}; {advice}"
+            )
 
     @torch.no_grad()
     def full_context_logits(self, input_ids: Tensor, segment_ids: Tensor, comp_slot: Tensor) -> Tensor:

@@ -72,9 +72,7 @@ class CCMStream:
         self.model, self.tokenizer = model, tokenizer
         self.max_pairs, self.memory, self.chunk, self.sink = max_pairs, memory, chunk, sink
         self._base = model.language_model
-        limit = getattr(self._base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        changing = decoder.changing_rope_limit(self._base)
-        limit = limit if changing is None else changing
+        limit = decoder.positions(self._base)
         if limit is not None and max_pairs + n > limit:
             raise ValueError(f"max_pairs={max_pairs} must be at most {limit - n}, what the model's positions allow")
         layers = self._base.config.get_text_config(decoder=True).num_hidden_layers

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from dataopt.integrations.hf import CCMCache, CCMConfig, CCMModel
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.hub import fixtures
+from tests.hub.fixtures import run_client
 
 from ..kvzip.conftest import tiny
 from .conftest import CONTEXTS, GREEDY, KINDS, QUERY, answered, batch, ccm, row
+
+hub = fixtures.hub
 
 
 def memory_of(model, contexts=CONTEXTS):
@@ -187,6 +194,36 @@ def test_bad_bases_are_refused():
         CCMModel(tiny("gpt2", n_embd=48, n_head=6, n_layer=4, num_key_value_heads=None), CCMConfig())
 
 
+def test_an_attention_without_a_mask_function_is_refused():
+    AttentionInterface.register("bare", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    base = tiny()
+    base.config._attn_implementation = "bare"
+    with pytest.raises(TypeError, match="'bare' has no mask function"):
+        CCMModel(base, CCMConfig())
+
+
+CLIENT = """
+import torch
+from dataopt.integrations.hf import CCMConfig, CCMModel
+from tests.integrations.hf.kvzip.conftest import tiny
+
+model = CCMModel(tiny(), CCMConfig(mode="merge", comp_ids=[60, 61]))
+for name, p in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(p)
+model.push_to_hub("me/adapter", private=True)
+again = CCMModel.from_pretrained(tiny(), "me/adapter")
+assert again.ccm_config == model.ccm_config
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+print("ok")
+"""
+
+
+def test_pushed_and_loaded_through_the_hub(hub):
+    assert run_client(hub, CLIENT, PYTHONPATH=str(Path(__file__).parents[4])).strip().endswith("ok")
+    assert {"adapter_config.json", "adapter_model.safetensors", "ccm_config.json"} <= hub.files("me/adapter").keys()
+
+
 def test_bad_rows_are_refused():
     model = ccm(comp_ids=[60, 61])
     made = batch([row(model, CONTEXTS, QUERY)])
@@ -196,6 +233,10 @@ def test_bad_rows_are_refused():
         model(input_ids=made["input_ids"], segment_ids=made["segment_ids"])
     with pytest.raises(ValueError, match="past_key_values"):
         model(**made, past_key_values=DynamicCache())
+    far = ccm(positions="abs", changes={"max_position_embeddings": 20})
+    far(**batch([row(far, CONTEXTS[:2], QUERY)]))
+    with pytest.raises(ValueError, match="reaches position 26 and the model has 20; positions='abs' counts all text"):
+        far(**batch([row(far, CONTEXTS, QUERY)]))
 
 
 def change(path, **changes):

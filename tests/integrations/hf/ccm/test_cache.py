@@ -341,6 +341,8 @@ def test_a_context_beyond_the_models_positions_is_refused(tokenizer):
     with pytest.raises(ValueError, match="would reach position 24 and the model has 16"):
         memory.append(input_ids=[5] * 20)
     assert memory.steps == (1,)
+    with pytest.raises(ValueError, match="would reach position 22 and the model has 16; shorten it"):
+        memory.inputs(input_ids=[5] * 20)
     far = memory_of(ccm(changes=small, positions="abs"), tokenizer, CONTEXTS[:2])
     with pytest.raises(ValueError, match="positions='abs' counts all text"):
         far.append(input_ids=[5] * 4)
