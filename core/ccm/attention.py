@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -39,7 +43,7 @@ def memory_attention(
     attend = _eager if implementation == "eager" else _sdpa
     if not pays_to_fold(layout):
         keys, values = torch.cat([memory_keys, key], 2), torch.cat([memory_values, value], 2)
-        return attend(query, keys, values, layout.mask(), scale, dropout)
+        return attend(query, keys, values, layout.mask, scale, dropout)
     # Segments in the batch: L (M + W) scores instead of L (M + L), in matrices that fit the caches.
     batch, segments, width = layout.fold.shape
     keys = torch.cat([_prefix(key, layout, segments), _spread(memory_keys, segments), _folded(key, layout)], 2)
@@ -114,23 +118,18 @@ def _grouped(pairs: Tensor, query: Tensor) -> Tensor:
     return pairs if groups == 1 else pairs.repeat_interleave(groups, 1)
 
 
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    return compiled
+
+
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    segment, sees_from, sees_to = layout.segment_ids, layout.sees_from, layout.sees_to
-    columns, slots = layout.columns, layout.slots
-
-    def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        own = segment[batch, row]
-        step, token = column // slots, (column - columns).clamp(min=0)
-        of_memory = (step >= sees_from[batch, own.clamp(min=0)]) & (step < sees_to[batch, own.clamp(min=0)])
-        theirs = segment[batch, token]
-        of_text = (token <= row) & ((theirs == own) | (theirs == 0))
-        return torch.where(column < columns, of_memory, of_text)
-
-    batch, _, length, _ = query.shape
-    mask = create_block_mask(visible, batch, None, length, columns + length, device=str(query.device))
-    run = torch.compile(flex_attention) if query.is_cuda else flex_attention
-    out = run(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    run: Any = _compiled() if query.is_cuda else flex_attention
+    out = run(query, key, value, block_mask=layout.block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     assert isinstance(out, Tensor)
     return out

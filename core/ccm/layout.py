@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MODES = ("concat", "merge")
 POSITIONS = ("cache", "abs")
@@ -101,6 +105,7 @@ class Layout:
         parts = (shared.unsqueeze(2).expand(*shape, -1), own.expand(*shape, -1))
         return torch.cat(parts, 3).flatten(0, 1).unsqueeze(1)
 
+    @cached_property
     def mask(self) -> Tensor:
         """(B, 1, L, M + L) bool: the same as one matrix over the whole row, memory columns first."""
         segment, length = self.segment_ids, self.segment_ids.shape[1]
@@ -109,6 +114,25 @@ class Layout:
         query, key = segment.unsqueeze(2), segment.unsqueeze(1)
         own = causal & ((query == key) | (key == 0) & (query >= 0))
         return torch.cat([memory & (query >= 0), own], 2).unsqueeze(1)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The same for flex attention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        segment, sees_from, sees_to = self.segment_ids, self.sees_from, self.sees_to
+        columns, slots = self.columns, self.slots
+
+        def visible(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            own = segment[batch, row]
+            step, token = column // slots, (column - columns).clamp(min=0)
+            of_memory = (step >= sees_from[batch, own.clamp(min=0)]) & (step < sees_to[batch, own.clamp(min=0)])
+            theirs = segment[batch, token]
+            of_text = (token <= row) & ((theirs == own) | (theirs == 0))
+            return torch.where(column < columns, of_memory, of_text)
+
+        batch, length = segment.shape
+        return create_block_mask(visible, batch, None, length, columns + length, device=str(segment.device))
 
     def full_context_mask(self, comp_slot: Tensor) -> Tensor:
         """(B, 1, L, L) bool: what tokens would see without compression.

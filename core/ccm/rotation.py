@@ -30,8 +30,9 @@ class Rotation:
             shift: (B or 1, m) or (m,) integers.
         """
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        # Angles in float64: a frequency in float32 times 100,000 positions is off by .01 radians.
-        angle = shift.double().unsqueeze(-1) * self.frequencies.to(shift.device).double()
+        # Angles in float64, where there is one: in float32, 100,000 positions are off by .01 radians.
+        exact = torch.float32 if shift.device.type == "mps" else torch.float64
+        angle = shift.to(exact).unsqueeze(-1) * self.frequencies.to(shift.device, exact)
         if angle.ndim == 3:
             angle = angle.unsqueeze(1)
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)

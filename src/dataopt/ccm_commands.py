@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -83,6 +84,8 @@ def train(
     Raises:
         ValueError: a bad option, a data set without the columns of its form, or a folder with something in it.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     asked = CCMConfig(**options)
     found = find_source(dataset, split, config, None)
     arguments = {

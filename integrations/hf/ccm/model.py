@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
+from dataopt.core.artifacts import write_whole
 from dataopt.core.ccm import Layout, layout
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -208,6 +212,10 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             self.ccm_config.save(Path(save_directory), self._vocabulary_before)
 
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """What PEFT calls to write ``README.md``."""
+        write_whole(Path(output_dir) / "README.md", _card(self))
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -281,6 +289,33 @@ def divergence(teacher: Tensor, student: Tensor, labels: Tensor, items: Tensor |
     q = student[:, :-1][predicts].float().log_softmax(-1)
     total = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
     return total / (len(p) if items is None else items)
+
+
+def _card(model: CCMModel) -> str:
+    options, base = model.ccm_config, hub.base_model(model.language_model)
+    kept = "the average of what its contexts became" if options.mode == "merge" else "what each context became"
+    made = ", ".join(f"{name}={value!r}" for name, value in asdict(options).items())
+    name = base or type(model.language_model).__name__
+    body = f"""An adapter for {name} that compresses contexts with CCM, by dataopt: after each context
+{options.comp_tokens} COMP tokens hold what it said, and the memory keeps {kept}. On text without COMP tokens the model
+answers as it does without the adapter.
+
+```python
+from dataopt.integrations.hf import CCMCache, CCMModel
+model = CCMModel.from_pretrained(base, "path/to/this/folder/or/repository")
+memory = CCMCache(model, tokenizer)
+memory.append("a new context")
+out = model.generate(**memory.inputs("a question"), past_key_values=memory, max_new_tokens=100)
+```
+
+| | |
+|---|---|
+| options | {made} |
+| versions | torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__} |
+
+Stock PEFT loads the adapter and does one online step with it, `[context, COMP..]`; the memory needs dataopt.
+"""
+    return hub.card("A compressed context memory", body, ["ccm", "lora", "kv-cache"], base)
 
 
 def _shape(shape: torch.Size | None) -> str:

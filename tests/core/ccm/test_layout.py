@@ -17,18 +17,18 @@ def test_a_row_by_hand() -> None:
     assert made.comp_index.tolist() == [[3, 5]]
     assert made.shift is not None and made.shift.tolist() == [[1 - 3, 2 - 3]]
     assert made.comp_rows.tolist() == [3, 5]
-    mask = made.mask()[0, 0].int().tolist()
+    mask = made.mask[0, 0].int().tolist()
     assert mask[0] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     assert mask[3] == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
     assert mask[4] == [1, 0, 1, 0, 0, 0, 1, 0, 0, 0]
     assert mask[7] == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
     merge = layout(segments, slots, 1, mode="merge")
-    assert merge.mask()[0, 0, 7, :2].tolist() == [False, True]
+    assert merge.mask[0, 0, 7, :2].tolist() == [False, True]
     assert merge.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 2, 3]]
     far = layout(segments, slots, 1, positions="abs")
     assert far.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 4, 5]] and far.shift is None
     apart = layout(segments, slots, 1, recurrent=False)
-    assert not apart.mask()[0, 0, 4, :2].any() and apart.mask()[0, 0, 6, :2].all()
+    assert not apart.mask[0, 0, 4, :2].any() and apart.mask[0, 0, 6, :2].all()
 
 
 @given(rows(), st.integers(1, 3), st.sampled_from(["concat", "merge"]), st.booleans(), st.booleans())

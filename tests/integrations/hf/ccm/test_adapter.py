@@ -97,6 +97,8 @@ def test_saved_and_loaded_is_bit_identical(tied, comp_ids, tmp_path):
     assert again.ccm_config == model.ccm_config and not again.training
     made = batch([row(model, CONTEXTS, QUERY)])
     assert torch.equal(again(**made).logits, model(**made).logits)
+    card = (tmp_path / "README.md").read_text()
+    assert "mode='merge'" in card and "More Information" not in card and "library_name: dataopt" in card
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     rows = [t for n, t in tensors.items() if "lora_" not in n]
     assert len(rows) == 1 and rows[0].shape == (2, 48)
