@@ -68,6 +68,17 @@ def bounds(task: str, seed: int, base_steps: int, rows: int, scratch: Path) -> c
     return out
 
 
+def asked_before(task: str, seed: int, base_steps: int, rows: int, scratch: Path) -> common.Cell:
+    """Full context with the earlier questions and answers, as the model was trained."""
+    model = tasks.base_model(task, seed, base_steps, scratch)
+    sets = draws(task, seed).items()
+    return {
+        f"full, {name}": methods.tested(lambda r: tasks.with_questions(model, r), draw, rows)
+        for name, draw in sets
+        if name != "train"
+    }
+
+
 def trained(task: str, row: str, seed: int, base_steps: int, steps: int, rows: int, scratch: Path) -> common.Cell:
     method = methods.METHODS[row]
     base = tasks.base_model(task, seed, base_steps, scratch)
@@ -109,6 +120,8 @@ def planned(seeds: Sequence[int], base_steps: dict[str, int], steps: int, rows: 
                 given = (task, row, seed, base_steps[task], steps, rows, scratch)
                 out[f"{task}: {row}, seed {seed}"] = trained, given
     for seed in seeds:
+        for task in BASES:
+            out[f"{task}: questions too, seed {seed}"] = asked_before, (task, seed, base_steps[task], rows, scratch)
         for row in OTHERS:
             out[f"facts: {row}, seed {seed}"] = trained, ("facts", row, seed, base_steps["facts"], steps, rows, scratch)
     for row in OTHERS:
@@ -144,6 +157,10 @@ def accuracies(run: common.Run, task: str, test: str) -> str:
         if cells:
             pairs = str(context * tasks.STEPS) if key == "full" else "0"
             lines.append([name, pairs, pairs, str(len(cells)), *columns(cells)])
+    cells = [cell[f"full, {test}"] for cell in cells_of(run, f"{task}: questions too")]
+    if cells:
+        pairs = str((context + 3) * tasks.STEPS - 3)
+        lines.append(["full context and earlier questions", pairs, pairs, str(len(cells)), *columns(cells)])
     for row, method in methods.METHODS.items():
         cells = [cell[test] for cell in cells_of(run, f"{task}: {row}")]
         if cells:
@@ -194,7 +211,7 @@ def floors(run: common.Run) -> list[str]:
     concat, merge = at("facts", "CCM-concat", "test"), at("facts", "CCM-merge", "test")
     tied = {row: at("64 tables", row, "held out") for row in MAIN}
     checks: list[tuple[str, float | None, float | None, float | None]] = [
-        ("facts: full context at every t", lowest("facts", "bounds", "full, test"), 0.98, None),
+        ("facts: full context and questions at every t", lowest("facts", "questions too", "full, test"), 0.98, None),
         ("facts: concat at every t", lowest("facts", "CCM-concat", "test"), 0.95, None),
         ("facts: merge at t = 1", at("facts", "CCM-merge", "test", 1), 0.95, None),
         ("facts: merge at t = 16", merge, None, 0.35),

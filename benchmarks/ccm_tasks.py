@@ -161,6 +161,14 @@ def full_context(model: LlamaForCausalLM, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
+def with_questions(model: LlamaForCausalLM, rows: Rows) -> Tensor:
+    """(B, T, V) logits of the answers from all contexts, questions and answers so far, as in the model's training."""
+    contexts, questions, answers = rows
+    ids = torch.cat([contexts, questions, answers.unsqueeze(2)], 2)
+    return model(ids.flatten(1)).logits.unflatten(1, ids.shape[1:])[:, :, -2]
+
+
+@torch.no_grad()
 def no_context(model: Any, rows: Rows) -> Tensor:
     """(B, T, V) logits from the question alone."""
     questions = rows[1]

@@ -375,7 +375,7 @@ def test_ccm(run, results):
     for row in ("CCM-merge, plain LoRA", "Gisting-online", "Gisting, fixed context", "recurrent soft prompts"):
         assert all(0 <= share <= 1 for share in cells[f"facts: {row}, seed 0"]["test"])
     assert "held out" in cells["16 tables: CCM-concat, plain LoRA, seed 0"]
-    assert "facts: concat at every t" not in text and "facts: full context at every t at least 0.98" in text
+    assert "facts: concat at every t" not in text and "16 tables: full context at least 0.97" in text
     assert (results / "ccm_accuracy.png").stat().st_size > 10_000
 
 
