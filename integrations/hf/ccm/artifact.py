@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import fingerprint, hub
-from .cache import Memory
+from .memory import Memory
 from .model import CCMModel
 
 KIND, VERSION, RECORD = "dataopt ccm memory", 1, "ccm_memory.json"

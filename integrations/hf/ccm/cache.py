@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,9 @@ from ..chat import encode
 from ..reusable import GenerateCall, ReusableCache
 from .comp_tokens import CompTokens, no_rows
 from .data import first_ids
-from .layers import MemoryLayer, empty_like
+from .layers import MemoryLayer
+from .memory import Memory, empty_like, single, stacked
 from .model import CCMModel
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What is stored of one or several users, a row each.
-
-    Attributes:
-        layers: for each layer (B, H, P + m, d) keys and values: the prefix, then the slots. Averages are stored in
-            float32 or better.
-        valid: (B, P + m) bool; users with fewer slots have empty ones between prefix and slots.
-        steps: contexts that each user's memory holds.
-        text: tokens of those contexts, which the positions "abs" count.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    valid: Tensor
-    steps: tuple[int, ...]
-    text: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
 
 class CCMCache(ReusableCache):
@@ -374,21 +351,13 @@ class CCMCache(ReusableCache):
             raise ValueError("memories of different models cannot be stacked")
         if all(c._memory is None for c in caches):
             raise ValueError("no memory holds a context; append one to at least one of them")
-        filled = next(c._memory for c in caches if c._memory is not None)
-        width = max(0 if c._memory is None else c._memory.valid.shape[1] for c in caches)
-        wide = [_widened(c._memory, filled, first._prefix, width) for c in caches]
-        layers = tuple(
-            (torch.cat([m.layers[i][0] for m in wide]), torch.cat([m.layers[i][1] for m in wide]))
-            for i in range(len(filled.layers))
-        )
-        steps, text = [t for m in wide for t in m.steps], [t for m in wide for t in m.text]
-        return cls._of(first, Memory(layers, torch.cat([m.valid for m in wide]), tuple(steps), tuple(text)))
+        return cls._of(first, stacked([c._memory for c in caches], first._prefix))
 
     def unstack(self) -> list[CCMCache]:
         """One cache for each user."""
         if self._memory is None:
             return [self.fork()]
-        return [CCMCache._of(self, _single(self._memory, i, self._prefix)) for i in range(self.users)]
+        return [CCMCache._of(self, single(self._memory, i)) for i in range(self.users)]
 
     # Files
 
@@ -447,32 +416,3 @@ class CCMCache(ReusableCache):
 def _check_mode(model: CCMModel) -> None:
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
-
-
-def _widened(memory: Memory | None, like: Memory, prefix: int, width: int) -> Memory:
-    """The same memory with empty slots between prefix and slots, up to ``width`` pairs."""
-    if memory is None:
-        layers = tuple((empty_like(k[:1], 0), empty_like(v[:1], 0)) for k, v in like.layers)
-        memory = Memory(layers, torch.ones(1, 0, dtype=torch.bool), (0,), (0,))
-    more = width - memory.valid.shape[1]
-
-    def wide(t: Tensor) -> Tensor:
-        return torch.cat([t[:, :, :prefix], empty_like(t, more), t[:, :, prefix:]], 2)
-
-    layers = tuple((wide(k), wide(v)) for k, v in memory.layers)
-    gap = torch.zeros(len(memory.valid), more, dtype=torch.bool)
-    valid = torch.cat([memory.valid[:, :prefix], gap, memory.valid[:, prefix:]], 1)
-    return replace(memory, layers=layers, valid=valid)
-
-
-def _single(memory: Memory, row: int, prefix: int) -> Memory | None:
-    valid = memory.valid[row]
-    if not bool(valid.any()):
-        return None
-    layers = tuple((k[row : row + 1, :, valid].clone(), v[row : row + 1, :, valid].clone()) for k, v in memory.layers)
-    return Memory(
-        layers,
-        torch.ones(1, int(valid.sum()), dtype=torch.bool),
-        memory.steps[row : row + 1],
-        memory.text[row : row + 1],
-    )

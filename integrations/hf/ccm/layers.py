@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -68,8 +67,3 @@ class MemoryLayer(DynamicLayer):
         """(B, H, stop - start, d), copies that do not keep the rest alive."""
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone()
-
-
-def empty_like(pairs: Tensor, count: int) -> Tensor:
-    """(B, H, count, d) zeros."""
-    return torch.zeros(*pairs.shape[:2], count, pairs.shape[3], dtype=pairs.dtype, device=pairs.device)
