@@ -73,7 +73,7 @@ def answer_loss(logits: Tensor, query: Tensor) -> Tensor:
 
 
 def parallel_loss(model: CCMModel, rows: dict[str, Tensor], segment: int) -> Tensor:
-    return answer_loss(model(**rows).logits[:, -segment:], rows["input_ids"][:, -segment:])
+    return answer_loss(model(**rows, logits_to_keep=segment).logits, rows["input_ids"][:, -segment:])
 
 
 def recursive_loss(model: CCMModel, rows: dict[str, Tensor], segment: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .layout import Layout
 from .rotation import Rotation
@@ -44,19 +44,27 @@ def memory_attention(
     if not pays_to_fold(layout):
         keys, values = torch.cat([memory_keys, key], 2), torch.cat([memory_values, value], 2)
         return attend(query, keys, values, layout.mask, scale, dropout)
-    # Segments in the batch: L (M + W) scores instead of L (M + L), in matrices that fit the caches.
+    # Segments in the batch: L (M + W) scores instead of L (M + L), in matrices that fit the caches. Tokens are moved as
+    # rows of all their heads, which is how models lay them out.
     batch, segments, width = layout.fold.shape
-    keys = torch.cat([_prefix(key, layout, segments), _spread(memory_keys, segments), _folded(key, layout)], 2)
-    values = torch.cat([_prefix(value, layout, segments), _spread(memory_values, segments), _folded(value, layout)], 2)
-    out = attend(_folded(query, layout), keys, values, layout.folded_mask, scale, dropout)
-    out = out.view(batch, segments, -1, width, out.shape[-1]).transpose(1, 2).flatten(2, 3)
-    return out.gather(2, _index(layout.unfold, out))
+    shape = (batch, segments, -1)
+    queries = _tokens(query, layout.fold.flatten(1)).unflatten(1, (segments, width)).flatten(0, 1)
+    parts = []
+    for memory, states in ((memory_keys, key), (memory_values, value)):
+        prefix = _tokens(states, layout.prefix).unsqueeze(1)
+        slots = memory.transpose(1, 2).unsqueeze(1)
+        own = _tokens(states, layout.fold.flatten(1)).unflatten(1, (segments, width))
+        expanded = [t.expand(*shape, *t.shape[3:]) for t in (prefix, slots)]
+        parts.append(torch.cat([*expanded, own], 2).flatten(0, 1).transpose(1, 2))
+    out = attend(queries.transpose(1, 2), *parts, layout.folded_mask, scale, dropout)
+    out = out.transpose(1, 2).reshape(batch, segments * width, *out.shape[1::2])
+    return _tokens(out.transpose(1, 2), layout.unfold).transpose(1, 2)
 
 
 def memory_columns(key: Tensor, value: Tensor, layout: Layout, rotate: Rotation | None) -> tuple[Tensor, Tensor]:
     """(B, H, M, d) keys and values of Mem(1) to Mem(T); see :class:`Layout` for their order."""
-    keys = key.gather(2, _index(layout.comp_index, key))
-    values = value.gather(2, _index(layout.comp_index, value))
+    keys = _tokens(key, layout.comp_index).transpose(1, 2)
+    values = _tokens(value, layout.comp_index).transpose(1, 2)
     if layout.shift is not None and rotate is not None:
         # Before the average: then all terms of a slot share one frame.
         keys = rotate(keys, layout.shift)
@@ -79,26 +87,12 @@ def _averaged(pairs: Tensor, layout: Layout) -> Tensor:
     return torch.einsum("tj,bhjsd->bhtsd", layout.weights.to(dtype), by_step).flatten(2, 3).to(pairs.dtype)
 
 
-def _index(index: Tensor, like: Tensor) -> Tensor:
-    """(B, m) -> (B, H, m, d), to gather along the tokens."""
-    return index[:, None, :, None].expand(-1, like.shape[1], -1, like.shape[3])
-
-
-def _folded(states: Tensor, layout: Layout) -> Tensor:
-    """(B, H, L, d) -> (B S, H, W, d)."""
-    segments, width = layout.fold.shape[1:]
-    padded = pad(states, (0, 0, 0, 1))
-    folded = padded.gather(2, _index(layout.fold.flatten(1), padded)).unflatten(2, (segments, width))
-    return folded.transpose(1, 2).flatten(0, 1)
-
-
-def _spread(states: Tensor, segments: int) -> Tensor:
-    """(B, H, m, d) -> (B S, H, m, d), the same for every segment."""
-    return states.unsqueeze(1).expand(-1, segments, -1, -1, -1).flatten(0, 1)
-
-
-def _prefix(states: Tensor, layout: Layout, segments: int) -> Tensor:
-    return _spread(states.gather(2, _index(layout.prefix, states)), segments)
+def _tokens(states: Tensor, index: Tensor) -> Tensor:
+    """(B, H, L, d) and (B, m) -> (B, m, H, d), the chosen tokens."""
+    batch, heads, length, size = states.shape
+    rows = states.transpose(1, 2).reshape(batch * length, heads * size)
+    start = torch.arange(batch, device=index.device).unsqueeze(1) * length
+    return rows.index_select(0, (index + start).flatten()).view(batch, -1, heads, size)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:

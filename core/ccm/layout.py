@@ -76,18 +76,26 @@ class Layout:
         return torch.arange(self.prefix.shape[1], device=self.prefix.device) < self.prefix_length.unsqueeze(1)
 
     @cached_property
+    def first(self) -> int:
+        """The first segment that holds a token in any row: 0 with a prefix, otherwise 1."""
+        return int(self.segment_ids[self.segment_ids >= 0].min())
+
+    @cached_property
     def fold(self) -> Tensor:
-        """(B, S, W) int64, the token of each place of each segment; L where there is none."""
+        """(B, S, W) int64, the token of each place of each segment from ``first`` on; 0 where there is none.
+
+        Such places follow the tokens of their segment, so that no token sees them.
+        """
         batch, length = self.segment_ids.shape
-        table = self.segment_ids.new_full((batch, self.sees_to.shape[1] * self.width + 1), length)
+        table = self.segment_ids.new_zeros(batch, self.sees_to.shape[1] * self.width + 1)
         place = torch.where(self.segment_ids < 0, table.shape[1] - 1, self.segment_ids * self.width + self.rank)
         table.scatter_(1, place, torch.arange(length, device=table.device).expand(batch, -1))
-        return table[:, :-1].view(batch, -1, self.width)
+        return table[:, :-1].view(batch, -1, self.width)[:, self.first :]
 
     @cached_property
     def unfold(self) -> Tensor:
         """(B, L) int64, the place of each token in the (S W) folded ones; 0 for padding."""
-        return (self.segment_ids * self.width + self.rank).clamp(min=0)
+        return ((self.segment_ids - self.first) * self.width + self.rank).clamp(min=0)
 
     def reads(self) -> Tensor:
         """(B, S, M) bool: the memory columns that each segment sees."""
@@ -99,7 +107,7 @@ class Layout:
         """(B S, 1, W, P + M + W) bool: prefix, memory and own segment, causal. Every place sees itself."""
         segments, device = self.sees_to.shape[1], self.rank.device
         outside = torch.arange(segments, device=device) > 0  # the prefix sees itself as an ordinary segment
-        shared = torch.cat([self.prefix_mask.unsqueeze(1) & outside.unsqueeze(1), self.reads()], 2)
+        shared = torch.cat([self.prefix_mask.unsqueeze(1) & outside.unsqueeze(1), self.reads()], 2)[:, self.first :]
         own = torch.ones(self.width, self.width, dtype=torch.bool, device=device).tril()
         shape = (*shared.shape[:2], self.width)
         parts = (shared.unsqueeze(2).expand(*shape, -1), own.expand(*shape, -1))

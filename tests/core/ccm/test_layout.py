@@ -39,10 +39,17 @@ def test_folding_is_a_bijection_of_the_tokens(
     segments, places = marks(some, slots, left)
     made = layout(segments, places, slots, mode=mode, recurrent=recurrent)
     folded = made.fold.flatten(1)
+    assert made.first == int(segments[segments >= 0].min())
     for b in range(len(some)):
         tokens = [i for i in range(segments.shape[1]) if segments[b, i] >= 0]
-        assert sorted(i for i in folded[b].tolist() if i < segments.shape[1]) == tokens
-        assert all(folded[b, made.unfold[b, i]] == i for i in tokens)
+        places = [int(made.unfold[b, i]) for i in tokens]
+        assert folded[b, places].tolist() == tokens
+        others = set(range(folded.shape[1])) - set(places)
+        assert all(folded[b, i] == 0 for i in others) and len(set(places)) == len(tokens)
+        # Empty places come last in their segment.
+        for i in others:
+            assert i % made.width == 0 or i - 1 in others or i - 1 in places
+            assert i + 1 in others or (i + 1) % made.width == 0
 
 
 @given(rows(), st.integers(1, 3), st.sampled_from(["concat", "merge"]), st.booleans())
