@@ -56,7 +56,8 @@ def memory_attention(
         own = _tokens(states, layout.fold.flatten(1)).unflatten(1, (segments, width))
         expanded = [t.expand(*shape, *t.shape[3:]) for t in (prefix, slots)]
         parts.append(torch.cat([*expanded, own], 2).flatten(0, 1).transpose(1, 2))
-    out = attend(queries.transpose(1, 2), *parts, layout.folded_mask, scale, dropout)
+    keys, values = parts
+    out = attend(queries.transpose(1, 2), keys, values, layout.folded_mask, scale, dropout)
     out = out.transpose(1, 2).reshape(batch, segments * width, *out.shape[1::2])
     return _tokens(out.transpose(1, 2), layout.unfold).transpose(1, 2)
 
