@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,31 +49,47 @@ def ccm_row(steps: Sequence[Sequence[int] | Query], comp_ids: Sequence[int], pre
         :func:`dataopt.core.ccm.layout`.
 
     Raises:
-        ValueError: an empty context or answer, no query, or COMP tokens among the others.
+        TypeError: something else than token ids. ValueError: an empty context or answer, no query, no COMP ids or the
+            same one twice, or COMP tokens among the others.
     """
     if not any(isinstance(step, Query) for step in steps):
         raise ValueError("steps holds no Query, so there is nothing to learn from; add one with an answer")
-    taken = set(comp_ids)
-    ids, labels = list(prefix), [IGNORED] * len(prefix)
-    segments, slots = [0] * len(prefix), [-1] * len(prefix)
+    appended = _ids(comp_ids, "comp_ids")
+    taken = set(appended)
+    if not taken or len(taken) < len(appended):
+        raise ValueError(f"comp_ids={appended} must be at least one id, and each once; give model.comp_ids")
+    ids = _ids(prefix, "prefix")
+    if taken.intersection(ids):
+        raise ValueError("prefix holds COMP tokens; leave them out")
+    labels, segments, slots = [IGNORED] * len(ids), [0] * len(ids), [-1] * len(ids)
     for number, step in enumerate(steps, 1):
+        name = f"steps[{number - 1}]"
         if isinstance(step, Query):
-            if not step.answer:
-                raise ValueError(f"steps[{number - 1}]: the answer is empty; it needs at least one token")
-            text, learned, comp = [*step.input, *step.answer], list(step.answer), []
+            learned = _ids(step.answer, f"{name}.answer")
+            if not learned:
+                raise ValueError(f"{name}: the answer is empty; it needs at least one token")
+            text, comp = [*_ids(step.input, f"{name}.input"), *learned], []
         else:
-            if not step:
-                raise ValueError(f"steps[{number - 1}]: the context is empty; it needs at least one token")
-            text, learned, comp = list(step), [], list(comp_ids)
+            text, learned, comp = _ids(step, name), [], appended
+            if not text:
+                raise ValueError(f"{name}: the context is empty; it needs at least one token")
         if taken.intersection(text):
-            raise ValueError(f"steps[{number - 1}] holds COMP tokens; leave them out, they are added where they belong")
+            raise ValueError(f"{name} holds COMP tokens; leave them out, they are added where they belong")
         ids += [*text, *comp]
         labels += [IGNORED] * (len(text) - len(learned)) + learned + [IGNORED] * len(comp)
         segments += [number] * (len(text) + len(comp))
         slots += [-1] * len(text) + list(range(len(comp)))
-    if taken.intersection(prefix):
-        raise ValueError("prefix holds COMP tokens; leave them out")
     return {"input_ids": ids, "labels": labels, "segment_ids": segments, "comp_slot": slots}
+
+
+def _ids(values: Sequence[int], name: str) -> list[int]:
+    try:
+        ids = [index(value) for value in values]
+    except TypeError as e:
+        raise TypeError(f"{name} must be one list of token ids, not {type(values).__name__} of other things") from e
+    if ids and min(ids) < 0:
+        raise ValueError(f"{name} holds {min(ids)}, which is no token id")
+    return ids
 
 
 def segments_of(
@@ -126,28 +143,36 @@ def demonstration_rows(
         contexts: demonstrations of a row, drawn at random where there are more.
         multi_query: every demonstration but the first is asked for too, before it becomes a context.
         max_context_tokens: longer contexts are cut at the end.
-        max_tokens: of a row, COMP tokens aside; the last contexts are left out beyond it, as in the released code.
+        max_tokens: of a row, COMP tokens aside; the last contexts are left out beyond it, as in the released code, and
+            rows that are too long with one context.
         sink: the tokenizer's first token is seen by all, instead of beginning the first context.
         seed: of the draws, which depend on it and the number of the row alone.
 
     Returns:
-        A data set of rows; those without a context are left out.
+        A data set of rows; those without a context are left out. Texts lose the space around them.
 
     Raises:
-        ValueError: a missing column or an empty text, with the number of its row.
+        TypeError: a column that holds something else, with the number of its row.
+        ValueError: a missing column, an empty text, with the number of its row, or no row that can be used.
     """
 
+    _at_least_one("contexts", contexts)
+
     def texts(example: dict[str, Any], rng: np.random.Generator) -> tuple[list[str], list[tuple[str, str] | None]]:
-        shown = _draw(example[demonstrations], contexts, rng)
-        ask = [f"\nInput: {d['input']} Output:" for d in shown]
-        parts = [f"{a} {d['output']}" for a, d in zip(ask, shown, strict=True)]
+        pairs = _list(example[demonstrations], demonstrations)
+        shown = [[_member(pair, key, demonstrations) for key in ("input", "output")] for pair in pairs]
+        shown = _draw(shown, contexts, rng)
+        ask = [f"\nInput: {said} Output:" for said, _ in shown]
+        answers = [f" {answer}" for _, answer in shown]
+        parts = [a + answer for a, answer in zip(ask, answers, strict=True)]
         if parts:
             parts[0] = parts[0].removeprefix("\n")
         between: list[tuple[str, str] | None] = [None] * len(parts)
         if multi_query:  # behind c(j), the demonstration j + 1
-            between = [(a, f" {d['output']}") for a, d in zip(ask[1:], shown[1:], strict=True)] + [None]
+            between = [*zip(ask[1:], answers[1:], strict=True), None]
         if between:
-            between[-1] = (f"\nInput: {example[input]} Output:", f" {example[output]}")
+            asked, answer = (_text(example[name], name) for name in (input, output))
+            between[-1] = (f"\nInput: {asked} Output:", f" {answer}")
         return parts, between
 
     return _mapped(
@@ -184,18 +209,20 @@ def dialogue_rows(
         turns: name of the column.
         separator: before every turn, for all speakers alike.
         multi_query: all turns from the third on are answers; otherwise one that is drawn at random.
-        max_tokens: of a row, COMP tokens aside; the oldest contexts are left out beyond it.
+        max_tokens: of a row, COMP tokens aside; the oldest contexts are left out beyond it, and rows that are too long
+            with one context. The released code leaves out all dialogues beyond it.
         tokenizer, comp_ids, max_context_tokens, sink, seed: see :func:`demonstration_rows`.
 
     Returns:
         A data set of rows; dialogues of fewer than three turns are left out.
 
     Raises:
-        ValueError: a missing column or an empty text, with the number of its row.
+        TypeError: a column that holds something else, with the number of its row.
+        ValueError: a missing column, an empty text, with the number of its row, or no row that can be used.
     """
 
     def texts(example: dict[str, Any], rng: np.random.Generator) -> tuple[list[str], list[tuple[str, str] | None]]:
-        said = [turn.strip() for turn in example[turns]]
+        said = [_text(turn, turns) for turn in _list(example[turns], turns)]
         if len(said) < 3:
             return [], []
         last = len(said) - 1 if multi_query else int(rng.integers(2, len(said)))
@@ -217,6 +244,7 @@ def profile_rows(
     profile: str = "profile",
     input: str = "input",
     output: str = "output",
+    instruction: str | None = None,
     contexts: int = 16,
     multi_query: bool = False,
     max_context_tokens: int = 128,
@@ -226,28 +254,37 @@ def profile_rows(
 ) -> Dataset:
     """Rows for personalisation: each entry of a user's profile is a context, and the user asks for one thing.
 
+    The texts are "Instruction: first entry\\n", then "\\n, and entry\\n" for each other one, and the query
+    ". instruction\\nInput: x\\nOutput:"; without an instruction "\\nInput: x\\nOutput:".
+
     Args:
         dataset: with a column of profiles, lists of texts, and columns of what is asked and answered.
         profile, input, output: names of the columns.
+        instruction: name of a column of what is to be done with the input; None for none.
         contexts: entries of a row, drawn at random where there are more.
         multi_query: the same question is asked after every entry.
-        max_tokens: of a row, COMP tokens aside; the last contexts are left out beyond it.
+        max_tokens: as for :func:`demonstration_rows`.
         tokenizer, comp_ids, max_context_tokens, sink, seed: see :func:`demonstration_rows`.
 
     Returns:
         A data set of rows; users without an entry are left out.
 
     Raises:
-        ValueError: a missing column or an empty text, with the number of its row.
+        TypeError: a column that holds something else, with the number of its row.
+        ValueError: a missing column, an empty text, with the number of its row, or no row that can be used.
     """
 
+    _at_least_one("contexts", contexts)
+
     def texts(example: dict[str, Any], rng: np.random.Generator) -> tuple[list[str], list[tuple[str, str] | None]]:
-        entries = _draw(example[profile], contexts, rng)
-        parts = [entry if i == 0 else f", {entry}" for i, entry in enumerate(entries)]
-        asked = (f"\nInput: {example[input]}\nOutput:", f" {example[output]}")
+        entries = [_text(entry, profile) for entry in _list(example[profile], profile)]
+        entries = _draw(entries, contexts, rng)
+        parts = [f"Instruction: {entry}\n" if i == 0 else f"\n, and {entry}\n" for i, entry in enumerate(entries)]
+        told = "" if instruction is None else f". {_text(example[instruction], instruction)}"
+        asked = (f"{told}\nInput: {_text(example[input], input)}\nOutput:", f" {_text(example[output], output)}")
         return parts, [asked if multi_query or i == len(parts) - 1 else None for i in range(len(parts))]
 
-    columns = [profile, input, output]
+    columns = [profile, input, output] + ([] if instruction is None else [instruction])
     return _mapped(dataset, columns, tokenizer, comp_ids, texts, max_context_tokens, max_tokens, False, sink, seed)
 
 
@@ -267,48 +304,62 @@ def _mapped(
     sink: bool,
     seed: int,
 ) -> Dataset:
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, for a DatasetDict one split at a time"
+        )
     for name in columns:
         if name not in dataset.column_names:
             raise ValueError(f"column {name!r} is not among the columns {dataset.column_names}; name yours")
-    for name, value in (("max_context_tokens", max_context_tokens), ("max_tokens", max_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    _at_least_one("max_context_tokens", max_context_tokens)
+    _at_least_one("max_tokens", max_tokens)
     first = first_ids(tokenizer)
     if sink and not first:
         raise ValueError("sink=True needs a tokenizer that begins a text with a token of its own")
     end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
+    room = max_tokens - len(first)
 
-    def steps_of(parts: list[str], between: list[tuple[str, str] | None], row: int) -> list[list[int] | Query]:
-        contexts = [list(encode(tokenizer, part))[:max_context_tokens] for part in parts]
-        queries = [
-            None if q is None else Query(encode(tokenizer, q[0]), [*encode(tokenizer, q[1]), *end]) for q in between
-        ]
-        if not all(contexts) or any(q is not None and not q.answer for q in queries):
-            raise ValueError(f"row {row} holds an empty text; leave it out")
-        if first and not sink:
-            contexts[0] = [*first, *contexts[0]]
-        pairs = list(zip(contexts, queries, strict=True))
-        while len(pairs) > 1 and _length(pairs) > max_tokens:
+    def context_of(part: str) -> list[int]:
+        ids = list(encode(tokenizer, part))[:max_context_tokens]
+        if not ids:
+            raise ValueError(f"the tokenizer makes nothing of {part!r}; leave the row out")
+        return ids
+
+    def query_of(asked: str, answer: str) -> Query:
+        return Query(encode(tokenizer, asked), [*_continued(tokenizer, answer), *end])
+
+    def steps_of(parts: list[str], between: list[tuple[str, str] | None]) -> list[list[int] | Query]:
+        """Nothing if the row is too long even with one context."""
+        queries = [None if q is None else query_of(*q) for q in between]
+        pairs = list(zip(map(context_of, parts), queries, strict=True))
+        while len(pairs) > 1 and _length(pairs) > room:
             if keep_last:
                 pairs.pop(0)
+                begin = parts[-len(pairs)].lstrip("\n")  # it begins the text now
+                pairs[0] = (context_of(begin), pairs[0][1])
                 continue
             _, asked = pairs.pop()  # the last question stays: it is the row's own
             pairs[-1] = (pairs[-1][0], asked)
+        if _length(pairs) > room:
+            return []
         steps: list[list[int] | Query] = []
         for context, query in pairs:
             steps += [context] if query is None else [context, query]
+        if first and not sink:
+            steps[0] = [*first, *pairs[0][0]]
         return steps
 
     def made(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[list[int]]]:
         out: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "segment_ids": [], "comp_slot": []}
         for i, row in enumerate(rows):
-            example = {name: batch[name][i] for name in columns}
-            if any(value is None or (isinstance(value, list) and None in value) for value in example.values()):
-                raise ValueError(f"row {row} has no value in one of {columns}; leave it out")
-            parts, between = texts(example, np.random.default_rng([seed, row]))
-            if not parts:
-                continue
-            made = ccm_row(steps_of(parts, between, row), comp_ids, first if sink else ())
+            try:
+                parts, between = texts({name: batch[name][i] for name in columns}, np.random.default_rng([seed, row]))
+                steps = steps_of(parts, between)
+                made = ccm_row(steps, comp_ids, first if sink else ()) if steps else {}
+            except (TypeError, ValueError) as e:
+                raise type(e)(f"row {row}: {e}") from e
             for name, values in made.items():
                 out[name].append(values)
         return out
@@ -316,9 +367,50 @@ def _mapped(
     rows = dataset.with_format(None).map(
         made, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="making rows"
     )
+    if not len(rows):
+        raise ValueError(
+            f"none of {len(dataset)} rows has a context and fits into max_tokens={max_tokens}; give others, or raise it"
+        )
     if len(rows) < len(dataset):
-        _log.info("%d of %d rows have no context and are left out", len(dataset) - len(rows), len(dataset))
+        _log.info("%d of %d rows have no context or are too long; left out", len(dataset) - len(rows), len(dataset))
     return rows
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _text(value: Any, column: str) -> str:
+    """Without space around it."""
+    if value is None:
+        raise ValueError(f"{column!r} has no value; leave the row out")
+    if not isinstance(value, str):
+        raise TypeError(f"{column!r} holds {type(value).__name__} where a text belongs; make it one")
+    if not value.strip():
+        raise ValueError(f"{column!r} holds an empty text; leave the row out")
+    return value.strip()
+
+
+def _list(value: Any, column: str) -> list[Any]:
+    if value is None:
+        raise ValueError(f"{column!r} has no value; leave the row out")
+    if not isinstance(value, list):
+        raise TypeError(f"{column!r} holds {type(value).__name__} where a list belongs; make it one")
+    return value
+
+
+def _member(pair: Any, key: str, column: str) -> str:
+    if not isinstance(pair, dict) or key not in pair:
+        raise TypeError(f'{column!r} holds {pair!r} where a {{"input": .., "output": ..}} belongs; make it one')
+    return _text(pair[key], f"{column}.{key}")
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text that goes on another one; alone, SentencePiece would put a space of its own before it."""
+    mark = encode(tokenizer, ":")
+    whole = encode(tokenizer, f":{text}")
+    return whole[len(mark) :] if whole[: len(mark)] == mark else encode(tokenizer, text)
 
 
 def _length(pairs: Sequence[tuple[Sequence[int], Query | None]]) -> int:
@@ -360,17 +452,26 @@ class CCMCollator:
     def __post_init__(self) -> None:
         if self.padding_side not in ("right", "left"):
             raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
+        if not isinstance(self.pad_token_id, int):
+            raise TypeError(f"pad_token_id={self.pad_token_id!r} must be a token id; eos_token_id does, too")
+        if self.pad_to_multiple_of is not None:
+            _at_least_one("pad_to_multiple_of", self.pad_to_multiple_of)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """``input_ids``, ``labels``, ``attention_mask``, and but for ``full_context`` ``segment_ids``, ``comp_slot``.
 
         All are (B, L) int64.
+
+        Raises:
+            ValueError: no rows, or with ``full_context`` none that asks for something.
         """
         fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "segment_ids": -1, "comp_slot": -1}
         plain = [{name: list(row[name]) for name in fills} for row in rows]
         if self.full_context:
             plain = [single for row in plain for single in full_context_rows(row)]
             fills = {"input_ids": self.pad_token_id, "labels": IGNORED}
+        if not plain:
+            raise ValueError(f"{len(rows)} rows hold no query; give rows as ccm_row makes them")
         width = max(len(row["input_ids"]) for row in plain)
         if self.pad_to_multiple_of:
             width += -width % self.pad_to_multiple_of
