@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import ccm_methods as methods
 import ccm_tasks as tasks
@@ -35,8 +35,10 @@ MAIN = ("CCM-concat", "CCM-merge", "CCM-concat, plain LoRA", "CCM-merge, plain L
 OTHERS = ("Gisting-online", "Gisting, fixed context", "pooled pairs (Compressive)", "recurrent soft prompts")
 LENGTHS = tuple(name for name in methods.METHODS if "COMP tokens" in name)
 SOURCES = ("facts", "16 tables", "facts and tables")
+TIMED = ("CCM-concat", "CCM-merge", "CCM-concat, plain LoRA", "pooled pairs (Compressive)", "recurrent soft prompts")
+ROUNDS, ROUND_STEPS = 6, 4  # of each timed method
 QUICK = ("facts: bounds", "facts: CCM-merge,", "16 tables: bounds", "16 tables: CCM-concat,", "facts: Gisting",
-         "facts: pooled", "facts: recurrent", "sources: facts and tables")  # fmt: skip
+         "facts: pooled", "facts: recurrent", "facts: steps in turn", "sources: facts and tables")  # fmt: skip
 KNOWN, TIED = 12, 48  # tables that the adapters are trained on, of 16 and of 64
 
 
@@ -93,6 +95,16 @@ def trained(task: str, row: str, seed: int, base_steps: int, steps: int, rows: i
     return out
 
 
+def step_times(seed: int, base_steps: int, rounds: int, steps: int, scratch: Path) -> common.Cell:
+    """Table 7.8: a few training steps of each method in turn, so that all see the machine under the same load."""
+    found: dict[str, list[float]] = {row: [] for row in TIMED}
+    for _ in range(rounds):
+        for row, seconds in found.items():
+            base = tasks.base_model("facts", seed, base_steps, scratch)
+            seconds.append(methods.train(methods.METHODS[row], base, tasks.facts, seed, steps)[1])
+    return {"seconds": found}
+
+
 def mixed(source: str, seed: int, base_steps: int, steps: int, rows: int, scratch: Path) -> common.Cell:
     """Table 7.4: one base, adapters of one or both sources, each tested on both."""
     base = tasks.base_model("both", seed, base_steps, scratch)
@@ -124,6 +136,8 @@ def planned(seeds: Sequence[int], base_steps: dict[str, int], steps: int, rows: 
             out[f"{task}: questions too, seed {seed}"] = asked_before, (task, seed, base_steps[task], rows, scratch)
         for row in OTHERS:
             out[f"facts: {row}, seed {seed}"] = trained, ("facts", row, seed, base_steps["facts"], steps, rows, scratch)
+    timed = (seeds[0], base_steps["facts"], min(ROUNDS, steps), min(ROUND_STEPS, steps), scratch)
+    out[f"facts: steps in turn, seed {seeds[0]}"] = step_times, timed
     for row in OTHERS:
         given = ("16 tables", row, seeds[0], base_steps["16 tables"], steps, rows, scratch)
         out[f"16 tables: {row}, seed {seeds[0]}"] = trained, given
@@ -169,6 +183,24 @@ def accuracies(run: common.Run, task: str, test: str) -> str:
     return common.table(["method", "pairs at 16", "peak", "seeds", *(f"t = {t}" for t in SHOWN)], lines)
 
 
+def pairs_by_t(context: int) -> str:
+    """Pairs that an answer reads, and the peak, by t."""
+    lines = [["full context", *(f"{t * context} / {t * context}" for t in SHOWN)]]
+    for row, method in methods.METHODS.items():
+        lines.append([row, *("{} / {}".format(*method.pairs(t, context)) for t in SHOWN)])
+    return common.table(["method", *(f"t = {t}" for t in SHOWN)], lines)
+
+
+def times(run: common.Run) -> str:
+    lines = []
+    for cell in cells_of(run, "facts: steps in turn"):
+        ours = median(cell["seconds"]["CCM-concat"])
+        for row, seconds in cell["seconds"].items():
+            shown = [f"{1000 * value:.0f}" for value in (median(seconds), min(seconds), max(seconds))]
+            lines.append([row, shown[0], f"{shown[1]} to {shown[2]}", f"{median(seconds) / ours:.2f}"])
+    return common.table(["method", "median ms", "range", "times CCM-concat"], lines) if lines else ""
+
+
 def columns(cells: Sequence[Sequence[float]]) -> list[str]:
     return [spread([cell[t - 1] for cell in cells]) for t in SHOWN]
 
@@ -210,7 +242,19 @@ def floors(run: common.Run) -> list[str]:
 
     concat, merge = at("facts", "CCM-concat", "test"), at("facts", "CCM-merge", "test")
     tied = {row: at("64 tables", row, "held out") for row in MAIN}
+    loss = "loss without, "
+    plain = [cell for row in MAIN[2:] for cell in cells_of(run, f"64 tables: {row}")]
+    known, others = ([cell[loss + test] for cell in plain] for test in ("test", "held out"))
+    frozen = {seed: run.cells.get(f"64 tables: bounds, seed {seed}") for seed in SEEDS}
+    moved = [
+        abs(cell[loss + test] - base[loss + test])
+        for row in MAIN[:2]
+        for seed, base in frozen.items()
+        if base and (cell := run.cells.get(f"64 tables: {row}, seed {seed}"))
+        for test in ("test", "held out")
+    ]
     checks: list[tuple[str, float | None, float | None, float | None]] = [
+        ("facts: full context at every t", lowest("facts", "bounds", "full, test"), 0.98, None),
         ("facts: full context and questions at every t", lowest("facts", "questions too", "full, test"), 0.98, None),
         ("facts: concat at every t", lowest("facts", "CCM-concat", "test"), 0.95, None),
         ("facts: merge at t = 1", at("facts", "CCM-merge", "test", 1), 0.95, None),
@@ -222,6 +266,9 @@ def floors(run: common.Run) -> list[str]:
         ("tied ids: concat, held out", tied["CCM-concat"], 0.55, None),
         ("tied ids: concat over its plain LoRA", gap(tied["CCM-concat"], tied["CCM-concat, plain LoRA"]), 0.3, None),
         ("tied ids: merge over its plain LoRA", gap(tied["CCM-merge"], tied["CCM-merge, plain LoRA"]), 0.03, None),
+        ("tied ids: loss without memory of plain LoRA, known tables", max(known, default=None), None, 1.0),
+        ("tied ids: the same, held out", min(others, default=None), 2.5, None),
+        ("tied ids: change of that loss by the conditional LoRA", max(moved, default=None), None, 0),
         ("16 tables: full context", at("16 tables", "bounds", "full, test"), 0.97, None),
         ("16 tables: merge on tables of the training", at("16 tables", "CCM-merge", "test"), 0.95, None),
     ]
@@ -261,15 +308,9 @@ def report(run: common.Run, plan: Sequence[str]) -> None:
         if cells_of(run, f"{task}: bounds"):
             parts += [title, accuracies(run, task, test)]
     parts += ["Nats per answer without any memory (section 7.3.1):", losses(run)]
-    steps = [
-        [row, f"{1000 * mean(c['step_seconds'] for c in cells):.0f}"]
-        for row in methods.METHODS
-        if (cells := cells_of(run, f"facts: {row}"))
-    ]
-    parts += [
-        "Milliseconds of a training step on the facts, beside another process (compare with care; table 7.8):",
-        common.table(["method", "ms"], steps),
-    ]
+    parts += ["Pairs per head that an answer reads / peak, contexts of 4 tokens (table 7.6):", pairs_by_t(4)]
+    if timed := times(run):
+        parts += ["Training steps on the facts, in turn in one process (table 7.8):", timed]
     if mixed_table := sources(run):
         parts += ["CCM-concat, one adapter for one or both sources, t = 16 (table 7.4):", mixed_table]
     run.report(*parts, "![accuracy over contexts](ccm_accuracy.png)", *floors(run))
