@@ -138,6 +138,17 @@ def test_a_text_is_read_within_the_limit(adapter, tmp_path):
     assert result.stdout.split("compressions\n")[1].strip()
 
 
+def test_a_half_written_base_is_not_taken_for_one(model, talks, tmp_path):
+    """What a kill leaves while the model of the first stage is saved."""
+    out, more = tmp_path / "out", (*TRAIN, "--full-context-steps", 2)
+    assert run("train", talks, "--model", model, "--out", out, *more).exit_code == 0
+    (out / "base").rename(out / ".base")
+    (out / ".base" / "model.safetensors").unlink()
+    result = run("train", talks, "--model", model, "--out", out, *more, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert (out / "base" / "model.safetensors").is_file() and not (out / ".base").exists()
+
+
 def test_refusals(adapter, model, talks, tmp_path):
     for args, says in (
         (
@@ -153,7 +164,7 @@ def test_refusals(adapter, model, talks, tmp_path):
         result = run(*args, stdin="")
         assert result.exit_code == 1 and says in result.stderr, (args, result.stderr)
         assert len(result.stderr.strip().splitlines()) == 1 or "|" in result.stderr
-    assert not any((tmp_path / name).exists() for name in "ac")
+    assert not any((tmp_path / name).exists() for name in "abc")
     bare = tmp_path / "bare"
     CCMModel(tiny(num_hidden_layers=2), CCMConfig()).save_pretrained(bare)
     result = run("chat", bare, stdin="")

@@ -18,11 +18,11 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from .core.artifacts import write_whole
 from .integrations.hf import (
     CCMCache,
-    CCMCollator,
     CCMConfig,
     CCMModel,
     CCMStream,
@@ -99,8 +99,8 @@ def train(
         size = len(embedding.weight)
         comp_ids = list(range(size, size + asked.comp_tokens))  # those that CCMModel appends
         rows = _rows(form, load_source(found), tokenizer, comp_ids, column, multi_query, max_tokens, asked.sink, seed)
-    if len(rows) <= hold_out:
-        raise ValueError(f"{len(rows)} rows and --hold-out {hold_out} leave none to train on; hold out fewer")
+        if len(rows) <= hold_out:
+            raise ValueError(f"{len(rows)} rows and --hold-out {hold_out} leave none to train on; hold out fewer")
     kept = rows.select(range(len(rows) - hold_out, len(rows)))
     rows = rows.select(range(len(rows) - hold_out))
     work = out / WORK
@@ -172,18 +172,19 @@ def _first_stage(
     folder: Path,
 ) -> PreTrainedModel:
     """Thesis section 7.4: LoRA on full contexts, merged; kept, so that a resumed run finds it."""
-    if (folder / "config.json").exists():
+    if folder.exists():
         again, _ = replace(source, model=str(folder), revision=None).load()
         return again
     tuned = finetune_full_context(base, args, rows)
-    tokenizer.save_pretrained(folder)
-    tuned.save_pretrained(folder)
+    part = folder.with_name(f".{folder.name}")  # renamed when whole: what a kill leaves is not taken for the model
+    tokenizer.save_pretrained(part)
+    tuned.save_pretrained(part)
+    part.rename(folder)
     return tuned
 
 
 def _checkpoint(folder: Path) -> str | None:
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    return str(found[-1]) if found else None
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _rows(
@@ -214,7 +215,6 @@ def measured(model: CCMModel, rows: Dataset, collator: Any, batch: int) -> dict[
     sums = {"no context": 0.0, "CCM": 0.0, "full context": 0.0}
     labels, asked, text, slots = 0, 0, 0, 0
     base, device = model.language_model, model.language_model.device
-    plain = CCMCollator(collator.pad_token_id, full_context=True)
     for start in range(0, len(rows), batch):
         part = [rows[i] for i in range(start, min(start + batch, len(rows)))]
         made = {name: t.to(device) for name, t in collator(part).items()}
@@ -234,8 +234,7 @@ def measured(model: CCMModel, rows: Dataset, collator: Any, batch: int) -> dict[
                 steps = len(before) if model.ccm_config.mode == "concat" else min(1, len(before))
                 slots += row["segment_ids"].count(0) + steps * model.ccm_config.comp_tokens
                 alone = {name: values[-length:] for name, values in single.items()}
-                ids = plain._padded(alone["input_ids"], length, 0)
-                logits = base(torch.tensor([ids], device=device)).logits
+                logits = base(torch.tensor([alone["input_ids"]], device=device)).logits
                 sums["no context"] += float(_loss(logits, torch.tensor([alone["labels"]], device=device)))
     pairs = {"no context": 0.0, "CCM": slots / asked, "full context": text / asked}
     return {name: {"loss": total / labels, "pairs": pairs[name]} for name, total in sums.items()}

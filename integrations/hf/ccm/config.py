@@ -58,6 +58,9 @@ class CCMConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.target_modules, str):
             raise ValueError(f"target_modules={self.target_modules!r} must be a list of names, or None")
+        for name in ("target_modules", "comp_ids"):
+            if getattr(self, name) is not None:  # a list, as it comes back from a file
+                object.__setattr__(self, name, list(getattr(self, name)))
         if self.comp_ids is not None:
             ids = list(self.comp_ids)
             if len(set(ids)) != self.comp_tokens or any(type(i) is not int or i < 0 for i in ids):

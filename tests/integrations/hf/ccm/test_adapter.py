@@ -108,6 +108,12 @@ def test_saved_and_loaded_is_bit_identical(tied, comp_ids, tmp_path):
     }
 
 
+def test_options_given_as_tuples_come_back_equal(tmp_path):
+    model = ccm(comp_ids=(61, 60), target_modules=("q_proj", "v_proj"))
+    model.save_pretrained(tmp_path)
+    assert CCMModel.from_pretrained(tiny(), tmp_path).ccm_config == model.ccm_config
+
+
 def test_stock_peft_does_the_online_step(tmp_path):
     model = ccm(comp_ids=[60, 61])
     model.save_pretrained(tmp_path)
