@@ -295,7 +295,8 @@ def report(run: common.Run, plan: Sequence[str]) -> None:
     parts = [
         f"{run.ran(plan)} Accuracy over {run.settings['rows']} rows (standard error at most .011), mean +- standard "
         "deviation over the seeds; pairs per head that an answer reads at t = 16, and the most while contexts are "
-        "compressed.",
+        "compressed. Fixed gisting learns from one answer a row, the others from up to 16; pooled pairs and soft "
+        "prompts have LoRA on all tokens, which trains the reader too.",
     ]
     titles = {
         ("facts", "test"): "Distinct facts, one COMP token unless a number stands there:",

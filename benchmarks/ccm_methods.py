@@ -10,6 +10,7 @@ from typing import Any
 import ccm_tasks as tasks
 import torch
 from dataopt.core.ccm import Layout
+from dataopt.demo_ccm import adamw, descend
 from dataopt.integrations.hf import CCMConfig, CCMModel
 from dataopt.integrations.hf.ccm.comp_tokens import CompTokens, ParallelAttention, no_rows
 from peft import LoraConfig, get_peft_model
@@ -44,8 +45,7 @@ class Method:
         if self.kind == "gisting":
             return kept, t * context + self.slots
         before = kept if self.options.get("mode") == "merge" and t > 1 else self.slots * (t - 1)
-        seen = 0 if self.options.get("recurrent") is False else before
-        return kept, max(kept, seen + context + self.slots)
+        return kept, before + context + self.slots  # what is stored is held, also where contexts do not read it
 
 
 def ccm(mode: str, n: int = 1, **options: Any) -> Method:
@@ -201,7 +201,7 @@ def train(method: Method, base: Any, draw: tasks.Draw, seed: int, steps: int) ->
     """The trained method in eval mode, and seconds per step."""
     model = make(method, base, seed).train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = tasks.adamw(weights, RATE, steps, 0.0)
+    optimizer, schedule = adamw(weights, RATE, steps, 0.0)
     generator = torch.Generator().manual_seed(100 + seed)
     start = time.perf_counter()
     for _ in range(steps):
@@ -215,7 +215,7 @@ def train(method: Method, base: Any, draw: tasks.Draw, seed: int, steps: int) ->
             loss = model(**fixed_rows(rows, model.comp_ids, t)).loss
         else:
             loss = model(**flat_rows(rows, model.comp_ids)).loss
-        tasks.move(loss, weights, optimizer, schedule)
+        descend(loss, weights, optimizer, schedule)
     return model.eval(), (time.perf_counter() - start) / steps
 
 

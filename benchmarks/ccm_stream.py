@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-import ccm_tasks as tasks
 import common
 import torch
 from dataopt.core.artifacts import whole_file
+from dataopt.demo_ccm import adamw, descend
 from dataopt.integrations.hf import CCMConfig, CCMModel, CCMStream
 from mixup import Job, run_cells
 from safetensors.torch import load_file, save_file
@@ -112,10 +112,10 @@ def base_model(seed: int, setup: Setup, scratch: Path) -> LlamaForCausalLM:
     if not path.exists():
         generator = torch.Generator().manual_seed(seed)
         weights = list(model.train().parameters())
-        optimizer, schedule = tasks.adamw(weights, 2e-3, setup.base_steps, 0.01)
+        optimizer, schedule = adamw(weights, 2e-3, setup.base_steps, 0.01)
         for _ in range(setup.base_steps):
             ids = pieces(setup.batch, LENGTH, generator)
-            tasks.move(model(ids, labels=ids).loss, weights, optimizer, schedule)
+            descend(model(ids, labels=ids).loss, weights, optimizer, schedule)
         with whole_file(path) as temporary:
             save_file({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}, temporary)
     model.load_state_dict(load_file(path), strict=False)
@@ -144,11 +144,11 @@ def trained(base: LlamaForCausalLM, mode: str, seed: int, setup: Setup) -> CCMMo
     torch.manual_seed(seed)
     model = CCMModel(base, CCMConfig(mode=mode, comp_tokens=COMP, r=16, lora_alpha=16, lora_dropout=0.0)).train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = tasks.adamw(weights, 3e-3, setup.adapter_steps, 0.0)
+    optimizer, schedule = adamw(weights, 3e-3, setup.adapter_steps, 0.0)
     generator = torch.Generator().manual_seed(100 + seed)
     for _ in range(setup.adapter_steps):
         made = rows(model, pieces(setup.batch, SEGMENTS * SEGMENT, generator))
-        tasks.move(model(**made).loss, weights, optimizer, schedule)
+        descend(model(**made).loss, weights, optimizer, schedule)
     return model.eval()
 
 

@@ -10,14 +10,14 @@ The model is a Llama of 0.3 million parameters. It learns to answer from full co
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from dataopt.core.artifacts import whole_file
+from dataopt.demo_ccm import adamw, descend
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -134,7 +134,7 @@ def train_base(task: str, seed: int, steps: int) -> LlamaForCausalLM:
         loss = cross_entropy(logits[:, :, -2].flatten(0, 1), answers.flatten())
         before = logits[:, :, 1 : contexts.shape[2] : 2].flatten(0, 2)
         loss = loss + 0.3 * cross_entropy(before, contexts[:, :, 0::2].flatten())
-        move(loss, weights, optimizer, schedule)
+        descend(loss, weights, optimizer, schedule)
     return model.eval()
 
 
@@ -174,22 +174,3 @@ def no_context(model: Any, rows: Rows) -> Tensor:
     questions = rows[1]
     logits = model(questions.flatten(0, 1)).logits[:, -1, :VOCABULARY]  # appended COMP tokens are no answers
     return logits.unflatten(0, questions.shape[:2])
-
-
-def adamw(weights: Sequence[Any], rate: float, steps: int, decay: float) -> tuple[Any, Any]:
-    """With a warm-up of a twentieth, and a cosine."""
-    optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.98), weight_decay=decay)
-    warm = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def move(loss: Tensor, weights: Sequence[Any], optimizer: Any, schedule: Any) -> None:
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    optimizer.step()
-    schedule.step()

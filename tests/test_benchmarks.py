@@ -391,7 +391,7 @@ def test_ccm_rows_and_pairs(scripts):
     assert methods.METHODS["CCM-concat, 2 COMP tokens"].pairs(16, 4) == (32, 36)
     assert methods.METHODS["CCM-merge"].pairs(16, 4) == (1, 6)
     assert methods.METHODS["Gisting, fixed context"].pairs(16, 4) == (1, 65)
-    assert methods.METHODS["Gisting-online"].pairs(16, 4) == (16, 16)
+    assert methods.METHODS["Gisting-online"].pairs(16, 4) == (16, 20)
 
 
 def test_pooled_pairs_are_means_of_the_context(scripts):

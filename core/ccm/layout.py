@@ -35,6 +35,7 @@ class Layout:
         shift: (B, M) int64, positions by which the keys of a column are rotated; None for no rotation.
         weights: (T, T), row t the shares of h(1) to h(T) in Mem(t); None for concat.
         sees_from, sees_to: (B, S) int64, the range of memory steps that each segment reads.
+        slots: n.
     """
 
     segment_ids: Tensor

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -32,6 +32,26 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return weight.device
 
 
+def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """Where each layer attends, by number; -1 for those that do not say."""
+    where = {-1: input_device(model)}
+    for module in model.modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and weight is not None:
+            where.setdefault(index, weight.device)
+    return where
+
+
+def pad_id(*holders: Any) -> int:
+    """The token that fills rows up, of the first tokenizer or config that has one; masks hide it, so any will do."""
+    for holder in holders:
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(holder, name, None)
+            if isinstance(value, int):
+                return value
+    return 0
+
+
 def check_decoder(model: PreTrainedModel) -> None:
     """Refuse models whose keys and values do not lie in one cache layer per decoder layer, per head.
 
@@ -55,11 +75,16 @@ def check_decoder(model: PreTrainedModel) -> None:
             )
 
 
+def cache_argument(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The cache under the name that the model has for it: it changed in transformers 5.24, and the old one warns."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
+
+
 def forward(model: PreTrainedModel, ids: Tensor, cache: Cache, **kwargs: Any) -> Any:
     """Run (B, L) ids through the layers, without the language-model head."""
     body = model.base_model
-    name = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-    return body(input_ids=ids, use_cache=True, **{name: cache}, **kwargs)
+    return body(input_ids=ids, use_cache=True, **cache_argument(body, cache), **kwargs)
 
 
 def changing_rope_limit(model: PreTrainedModel) -> int | None:

@@ -74,6 +74,12 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a folder to save to is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
+
+
 def write_record(path: Path, kind: str, version: int, content: dict[str, Any]) -> None:
     """Write a JSON file that says what it is and carries a checksum of itself.
 

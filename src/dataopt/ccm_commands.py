@@ -27,14 +27,15 @@ from .integrations.hf import (
     CCMModel,
     CCMStream,
     CCMTrainer,
+    decoder,
     demonstration_rows,
     dialogue_rows,
     finetune_full_context,
     hub,
     profile_rows,
 )
-from .integrations.hf.ccm.data import full_context_rows
-from .language_models import Source, cache_argument, read_text
+from .integrations.hf.ccm.rows import full_context_rows
+from .language_models import Source, read_text
 from .out_folder import WORK, claimed
 from .sources import find_source, load_source
 
@@ -337,10 +338,10 @@ def _answer(
     stop = {"stop_strings": [separator], "tokenizer": tokenizer} if separator.strip() else {}
     out = generate(
         **inputs,
-        **cache_argument(model.language_model, memory),
+        **decoder.cache_argument(model.language_model, memory),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=memory._pad_id(),
+        pad_token_id=decoder.pad_id(tokenizer),
         **stop,
     )
     text = str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

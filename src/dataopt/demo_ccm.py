@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .core.artifacts import write_whole
-from .integrations.hf import CCMCache, CCMConfig, CCMModel
-from .language_models import cache_argument
+from .integrations.hf import CCMCache, CCMConfig, CCMModel, decoder
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gil", "Hana", "Ida", "Jon", "Kai", "Lea", "Max", "Nora", "Otto", "Pia",
@@ -52,7 +51,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_model() -> LlamaForCausalLM:
-    """A Llama of 0.3 million parameters. Its embeddings start at unit size: from .02 on it learns to guess only."""
+    """A Llama of 0.3 million parameters. Its embeddings start at unit size: from small ones it only learnt to guess."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(WORDS), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
@@ -79,7 +78,7 @@ def train_model(generator: torch.Generator, steps: int, move: Callable[[], objec
     """
     model = small_model().train()
     weights = list(model.parameters())
-    optimizer, schedule = _optimizer(weights, 3e-3, steps, 0.01)
+    optimizer, schedule = adamw(weights, 3e-3, steps, 0.01)
     for step in range(steps):
         names = 8 if step < 0.2 * steps else 16 if step < 0.4 * steps else len(NAMES)
         facts, queries = conversations(BATCH, min(FACTS, names), names, generator)
@@ -87,7 +86,7 @@ def train_model(generator: torch.Generator, steps: int, move: Callable[[], objec
         logits = model(ids.flatten(1)).logits.unflatten(1, ids.shape[1:])
         answers = cross_entropy(logits[:, :, 3].flatten(0, 1), ids[:, :, 4].flatten())
         owners = cross_entropy(logits[:, :, 1].flatten(0, 1), ids[:, :, 0].flatten())
-        _step(answers + 0.3 * owners, weights, optimizer, schedule)
+        descend(answers + 0.3 * owners, weights, optimizer, schedule)
         move()
     return model.eval()
 
@@ -100,10 +99,10 @@ def train_adapter(
     config = CCMConfig(mode=mode, comp_tokens=1, r=16, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
     model = CCMModel(base, config).train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = _optimizer(weights, 1e-2, steps, 0.0)
+    optimizer, schedule = adamw(weights, 1e-2, steps, 0.0)
     for _ in range(steps):
         loss = model(**rows(model, *conversations(BATCH, FACTS, len(NAMES), generator))).loss
-        _step(loss, weights, optimizer, schedule)
+        descend(loss, weights, optimizer, schedule)
         move()
     return model.eval()
 
@@ -157,7 +156,7 @@ def talk(model: CCMModel, words: PreTrainedTokenizerFast, generator: torch.Gener
         memory.append(words.decode(fact))
         if step in SHOWN:
             generate: Any = model.language_model.generate
-            inputs = memory.inputs(words.decode(query[:2])) | cache_argument(model.language_model, memory)
+            inputs = memory.inputs(words.decode(query[:2])) | decoder.cache_argument(model.language_model, memory)
             said = generate(**inputs, max_new_tokens=1, do_sample=False)
             who, thing = (WORDS[i] for i in query[1:])
             out.append(
@@ -225,8 +224,8 @@ def table(known: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def _optimizer(weights: list[Any], rate: float, steps: int, decay: float) -> tuple[Any, Any]:
-    """AdamW with a warm-up and a cosine."""
+def adamw(weights: list[Any], rate: float, steps: int, decay: float) -> tuple[Any, Any]:
+    """AdamW with a warm-up of a twentieth and a cosine: optimizer and schedule."""
     optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.98), weight_decay=decay)
     warm = max(1, steps // 20)
 
@@ -236,7 +235,8 @@ def _optimizer(weights: list[Any], rate: float, steps: int, decay: float) -> tup
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _step(loss: Tensor, weights: list[Any], optimizer: Any, schedule: Any) -> None:
+def descend(loss: Tensor, weights: list[Any], optimizer: Any, schedule: Any) -> None:
+    """One step."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(weights, 1.0)

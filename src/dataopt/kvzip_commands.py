@@ -17,11 +17,11 @@ from transformers import TextStreamer
 
 from . import kvzip_sweep
 from .core.artifacts import write_whole
-from .integrations.hf import KVzipCache, hub
+from .integrations.hf import KVzipCache, decoder, hub
 from .integrations.hf.kvzip import artifact
 from .integrations.hf.kvzip.context import Options
 from .integrations.hf.kvzip.layers import SlidingState
-from .language_models import Source, cache_argument, check_out, decode, read_text
+from .language_models import Source, check_out, decode, read_text
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _ROWS = 8  # questions that are answered at once
@@ -144,10 +144,10 @@ def _generate(cache: KVzipCache, inputs: dict[str, Any], max_new_tokens: int, **
     generate: Any = cache.model.generate
     return generate(
         **inputs,
-        **cache_argument(cache.model, cache),
+        **decoder.cache_argument(cache.model, cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=cache._pad_id(),
+        pad_token_id=decoder.pad_id(cache.tokenizer),
         **kwargs,
     )
 

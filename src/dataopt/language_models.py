@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +48,6 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
         moved: Any = model
         return moved.to(device), tokenizer
-
-
-def cache_argument(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
-    """The cache under the name that the model has for it: it changed in transformers 5.24, and the old one warns."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: cache}
 
 
 def read_text(file: str) -> str:

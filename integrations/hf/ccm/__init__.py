@@ -2,8 +2,9 @@
 
 from .cache import CCMCache
 from .config import CCMConfig
-from .data import CCMCollator, Query, ccm_row, demonstration_rows, dialogue_rows, profile_rows
+from .data import demonstration_rows, dialogue_rows, profile_rows
 from .model import CCMModel
+from .rows import CCMCollator, Query, ccm_row
 from .stream import CCMStream
 from .trainer import CCMTrainer, finetune_full_context
 

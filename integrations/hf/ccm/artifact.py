@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import fingerprint, hub
+from .. import decoder, fingerprint, hub
 from .memory import Memory
 from .model import CCMModel
 
@@ -28,8 +28,7 @@ def save(memory: Memory, model: CCMModel, prefix: int, folder: Path) -> None:
     Raises:
         ValueError: the path is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
+    hub.check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     old = [path for path in folder.iterdir() if TENSORS.fullmatch(path.name)]
     name = f"ccm-{secrets.token_hex(8)}.safetensors"
@@ -107,18 +106,8 @@ def _layers(tensors: dict[str, Tensor], model: CCMModel, pairs: int, file: Path)
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{file}: {name} has values that are not finite; compress the contexts again")
-    devices = _devices(model, count)
-    return tuple((tensors[f"{i}.keys"].to(d), tensors[f"{i}.values"].to(d)) for i, d in enumerate(devices))
-
-
-def _devices(model: CCMModel, count: int) -> list[torch.device]:
-    """Where each layer attends."""
-    found: dict[int, torch.device] = {}
-    for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None:
-            found.setdefault(index, weight.device)
-    return [found[i] for i in range(count)]
+    where = decoder.layer_devices(model.language_model)
+    return tuple((tensors[f"{i}.keys"].to(where[i]), tensors[f"{i}.values"].to(where[i])) for i in range(count))
 
 
 def _made_with(model: CCMModel) -> dict[str, Any]:

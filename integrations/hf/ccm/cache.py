@@ -57,7 +57,6 @@ class CCMCache(ReusableCache):
         config = self._base.config.get_text_config(decoder=True)
         super().__init__(layers=[MemoryLayer() for _ in range(config.num_hidden_layers)])
         self._prefix = 0
-        self._fed: Tensor | None = None
         self._store(memory)
 
     def _store(self, memory: Memory | None) -> None:
@@ -132,11 +131,7 @@ class CCMCache(ReusableCache):
         config, device = self.model.ccm_config, decoder.input_device(self._base)
         n, width = config.comp_tokens, max(map(len, rows))
         own = torch.tensor([len(r) for r in rows])
-        ids = torch.full((len(rows), width + n), self.model.comp_ids[0])
-        mask = torch.zeros(len(rows), width + n, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor([*row, *self.model.comp_ids])
-            mask[i, width - len(row) :] = 1
+        ids, mask = self._padded([[*row, *self.model.comp_ids] for row in rows])
         seen = self._seen_mask(config.recurrent)
         start = self._start(config.recurrent)
         # From the left padding on, which nobody sees, places count up to the COMP tokens.
@@ -175,8 +170,8 @@ class CCMCache(ReusableCache):
             for stored, new in zip(before, (keys, values), strict=True):
                 prefix, slots = stored[:, :, : self._prefix].to(dtype), stored[:, :, self._prefix :].to(dtype)
                 if merge:
-                    slots = slots if slots.shape[2] else empty_like(new, n)
-                    slots = merged(slots.to(dtype), new, torch.tensor(steps), config.ema)
+                    slots = slots if slots.shape[2] else empty_like(new, n).to(dtype)
+                    slots = merged(slots, new, torch.tensor(steps), config.ema)
                 else:
                     slots = concatenated(slots, new)
                 pairs.append(torch.cat([prefix, slots], 2))
@@ -253,13 +248,8 @@ class CCMCache(ReusableCache):
         if self.users > 1 and len(rows) != self.users:
             raise ValueError(f"{len(rows)} questions for {self.users} users; give one for each, or one")
         self.restore()
-        width = max(map(len, rows))
-        self._check_positions(int(self._start().max()) + width)
-        ids = torch.full((len(rows), width), self._pad_id())
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
+        self._check_positions(int(self._start().max()) + max(map(len, rows)))
+        ids, mask = self._padded(rows)
         seen = self._seen_mask(True).expand(len(rows), -1)
         device = decoder.input_device(self._base)
         out = {"input_ids": ids.to(device), "attention_mask": torch.cat([seen, mask], 1).to(device)}
@@ -289,11 +279,12 @@ class CCMCache(ReusableCache):
             raise ValueError(f"{what} holds COMP tokens; leave them out, they are added where they belong")
         return rows
 
-    def _pad_id(self) -> int:
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            if getattr(self.tokenizer, name, None) is not None:
-                return int(getattr(self.tokenizer, name))
-        return 0
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """(B, L) ids and mask, padded on the left."""
+        width, pad = max(map(len, rows)), decoder.pad_id(self.tokenizer)
+        ids = [[pad] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
 
     # State
 
@@ -322,7 +313,7 @@ class CCMCache(ReusableCache):
         self.append(input_ids=[self._without_padding(row) for row in ids.tolist()])
 
     def _without_padding(self, row: list[int]) -> list[int]:
-        pad = self._pad_id()
+        pad = decoder.pad_id(self.tokenizer)
         while row and row[0] == pad and len(row) > 1:
             row = row[1:]
         end = len(row)

@@ -1,120 +1,24 @@
-"""Rows of contexts and queries: from token ids, from data sets of three forms, and padded into batches.
+"""Rows from data sets of three forms (section 7.4).
 
-The forms are those of section 7.4: demonstrations of a task (MetaICL), dialogues (DailyDialog, SODA) and user profiles
-(LaMP).
+Demonstrations of a task (MetaICL), dialogues (DailyDialog, SODA) and user profiles (LaMP).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..chat import encode
+from .rows import Query, at_least_one, ccm_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = dict[str, list[int]]
-IGNORED = -100
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Query:
-    """Token ids of I(t), which is read, and of O(t), which is learned."""
-
-    input: Sequence[int]
-    answer: Sequence[int]
-
-
-def ccm_row(steps: Sequence[Sequence[int] | Query], comp_ids: Sequence[int], prefix: Sequence[int] = ()) -> Row:
-    """One training row, ``[prefix | c(1) COMP.. | I O | c(2) COMP.. | ...]``.
-
-    Args:
-        steps: in order: the token ids of a context, which get COMP tokens, or a :class:`Query`, which reads the memory
-            of the contexts before it and which nobody reads.
-        comp_ids: of the model.
-        prefix: ids that every segment sees, such as an attention sink.
-
-    Returns:
-        ``input_ids``, ``labels`` (-100 but on answers), ``segment_ids`` and ``comp_slot``; see
-        :func:`dataopt.core.ccm.layout`.
-
-    Raises:
-        TypeError: something else than token ids. ValueError: an empty context or answer, no query, no COMP ids or the
-            same one twice, or COMP tokens among the others.
-    """
-    if not any(isinstance(step, Query) for step in steps):
-        raise ValueError("steps holds no Query, so there is nothing to learn from; add one with an answer")
-    appended = _ids(comp_ids, "comp_ids")
-    taken = set(appended)
-    if not taken or len(taken) < len(appended):
-        raise ValueError(f"comp_ids={appended} must be at least one id, and each once; give model.comp_ids")
-    ids = _ids(prefix, "prefix")
-    if taken.intersection(ids):
-        raise ValueError("prefix holds COMP tokens; leave them out")
-    labels, segments, slots = [IGNORED] * len(ids), [0] * len(ids), [-1] * len(ids)
-    for number, step in enumerate(steps, 1):
-        name = f"steps[{number - 1}]"
-        if isinstance(step, Query):
-            learned = _ids(step.answer, f"{name}.answer")
-            if not learned:
-                raise ValueError(f"{name}: the answer is empty; it needs at least one token")
-            text, comp = [*_ids(step.input, f"{name}.input"), *learned], []
-        else:
-            text, learned, comp = _ids(step, name), [], appended
-            if not text:
-                raise ValueError(f"{name}: the context is empty; it needs at least one token")
-        if taken.intersection(text):
-            raise ValueError(f"{name} holds COMP tokens; leave them out, they are added where they belong")
-        ids += [*text, *comp]
-        labels += [IGNORED] * (len(text) - len(learned)) + learned + [IGNORED] * len(comp)
-        segments += [number] * (len(text) + len(comp))
-        slots += [-1] * len(text) + list(range(len(comp)))
-    return {"input_ids": ids, "labels": labels, "segment_ids": segments, "comp_slot": slots}
-
-
-def _ids(values: Sequence[int], name: str) -> list[int]:
-    try:
-        ids = [index(value) for value in values]
-    except TypeError as e:
-        raise TypeError(f"{name} must be one list of token ids, not {type(values).__name__} of other things") from e
-    if ids and min(ids) < 0:
-        raise ValueError(f"{name} holds {min(ids)}, which is no token id")
-    return ids
-
-
-def segments_of(
-    input_ids: Tensor, comp_ids: Sequence[int], attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Segments from the COMP tokens: each ends behind its last one, and the rest is the query.
-
-    Args:
-        input_ids: (B, L).
-        attention_mask: (B, L), 0 on padding.
-
-    Returns:
-        (B, L) int64 segment_ids and comp_slot.
-    """
-    matches = input_ids.unsqueeze(2) == torch.tensor(list(comp_ids), device=input_ids.device)
-    comp_slot = torch.where(matches.any(2), matches.int().argmax(2), -1)
-    ends = comp_slot == len(comp_ids) - 1
-    segment_ids = ends.long().cumsum(1) - ends.long() + 1
-    if attention_mask is not None:
-        segment_ids = torch.where(attention_mask.bool(), segment_ids, -1)
-        comp_slot = torch.where(attention_mask.bool(), comp_slot, -1)
-    return segment_ids, comp_slot
-
-
-# Data sets
 
 
 def demonstration_rows(
@@ -156,7 +60,7 @@ def demonstration_rows(
         ValueError: a missing column, an empty text, with the number of its row, or no row that can be used.
     """
 
-    _at_least_one("contexts", contexts)
+    at_least_one("contexts", contexts)
 
     def texts(example: dict[str, Any], rng: np.random.Generator) -> tuple[list[str], list[tuple[str, str] | None]]:
         pairs = _list(example[demonstrations], demonstrations)
@@ -176,17 +80,9 @@ def demonstration_rows(
         return parts, between
 
     return _mapped(
-        dataset,
-        [demonstrations, input, output],
-        tokenizer,
-        comp_ids,
-        texts,
-        max_context_tokens,
-        max_tokens,
-        False,
-        sink,
-        seed,
-    )
+        dataset, [demonstrations, input, output], tokenizer, comp_ids, texts, max_context_tokens=max_context_tokens,
+        max_tokens=max_tokens, sink=sink, seed=seed,
+    )  # fmt: skip
 
 
 def dialogue_rows(
@@ -233,7 +129,10 @@ def dialogue_rows(
         ]
         return spoken[: last - 1], between
 
-    return _mapped(dataset, [turns], tokenizer, comp_ids, texts, max_context_tokens, max_tokens, True, sink, seed)
+    return _mapped(
+        dataset, [turns], tokenizer, comp_ids, texts, max_context_tokens=max_context_tokens, max_tokens=max_tokens,
+        sink=sink, seed=seed, keep_last=True,
+    )  # fmt: skip
 
 
 def profile_rows(
@@ -274,7 +173,7 @@ def profile_rows(
         ValueError: a missing column, an empty text, with the number of its row, or no row that can be used.
     """
 
-    _at_least_one("contexts", contexts)
+    at_least_one("contexts", contexts)
 
     def texts(example: dict[str, Any], rng: np.random.Generator) -> tuple[list[str], list[tuple[str, str] | None]]:
         entries = [_text(entry, profile) for entry in _list(example[profile], profile)]
@@ -285,7 +184,10 @@ def profile_rows(
         return parts, [asked if multi_query or i == len(parts) - 1 else None for i in range(len(parts))]
 
     columns = [profile, input, output] + ([] if instruction is None else [instruction])
-    return _mapped(dataset, columns, tokenizer, comp_ids, texts, max_context_tokens, max_tokens, False, sink, seed)
+    return _mapped(
+        dataset, columns, tokenizer, comp_ids, texts, max_context_tokens=max_context_tokens, max_tokens=max_tokens,
+        sink=sink, seed=seed,
+    )  # fmt: skip
 
 
 # Texts of a row: the contexts, and for each the query that follows it, if any.
@@ -298,12 +200,14 @@ def _mapped(
     tokenizer: PreTrainedTokenizerBase,
     comp_ids: Sequence[int],
     texts: _Texts,
+    *,
     max_context_tokens: int,
     max_tokens: int,
-    keep_last: bool,
     sink: bool,
     seed: int,
+    keep_last: bool = False,
 ) -> Dataset:
+    """The rows of a form; beyond ``max_tokens`` contexts are left out, the first ones with ``keep_last``."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
@@ -313,8 +217,8 @@ def _mapped(
     for name in columns:
         if name not in dataset.column_names:
             raise ValueError(f"column {name!r} is not among the columns {dataset.column_names}; name yours")
-    _at_least_one("max_context_tokens", max_context_tokens)
-    _at_least_one("max_tokens", max_tokens)
+    at_least_one("max_context_tokens", max_context_tokens)
+    at_least_one("max_tokens", max_tokens)
     first = first_ids(tokenizer)
     if sink and not first:
         raise ValueError("sink=True needs a tokenizer that begins a text with a token of its own")
@@ -351,7 +255,7 @@ def _mapped(
             steps[0] = [*first, *pairs[0][0]]
         return steps
 
-    def made(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[list[int]]]:
+    def rows_of(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[list[int]]]:
         out: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "segment_ids": [], "comp_slot": []}
         for i, row in enumerate(rows):
             try:
@@ -365,7 +269,7 @@ def _mapped(
         return out
 
     rows = dataset.with_format(None).map(
-        made, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="making rows"
+        rows_of, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="making rows"
     )
     if not len(rows):
         raise ValueError(
@@ -374,11 +278,6 @@ def _mapped(
     if len(rows) < len(dataset):
         _log.info("%d of %d rows have no context or are too long; left out", len(dataset) - len(rows), len(dataset))
     return rows
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 def _text(value: Any, column: str) -> str:
@@ -427,75 +326,3 @@ def first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that begins a text, if the tokenizer adds one."""
     first = tokenizer.bos_token_id
     return [int(first)] if isinstance(first, int) and first in tokenizer("").input_ids else []
-
-
-# Batches
-
-
-@dataclass(frozen=True)
-class CCMCollator:
-    """Pads rows to a batch.
-
-    Attributes:
-        pad_token_id: of the padding.
-        padding_side: "right" or "left".
-        pad_to_multiple_of: rounds the width up.
-        full_context: leave the COMP tokens out and give an ordinary batch of a causal language model, one row for each
-            query with the contexts before it: for the first stage of training, and to compare with.
-    """
-
-    pad_token_id: int = 0
-    padding_side: str = "right"
-    pad_to_multiple_of: int | None = None
-    full_context: bool = False
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
-        if not isinstance(self.pad_token_id, int):
-            raise TypeError(f"pad_token_id={self.pad_token_id!r} must be a token id; eos_token_id does, too")
-        if self.pad_to_multiple_of is not None:
-            _at_least_one("pad_to_multiple_of", self.pad_to_multiple_of)
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels``, ``attention_mask``, and but for ``full_context`` ``segment_ids``, ``comp_slot``.
-
-        All are (B, L) int64.
-
-        Raises:
-            ValueError: no rows, or with ``full_context`` none that asks for something.
-        """
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORED, "segment_ids": -1, "comp_slot": -1}
-        plain = [{name: list(row[name]) for name in fills} for row in rows]
-        if self.full_context:
-            plain = [single for row in plain for single in full_context_rows(row)]
-            fills = {"input_ids": self.pad_token_id, "labels": IGNORED}
-        if not plain:
-            raise ValueError(f"{len(rows)} rows hold no query; give rows as ccm_row makes them")
-        width = max(len(row["input_ids"]) for row in plain)
-        if self.pad_to_multiple_of:
-            width += -width % self.pad_to_multiple_of
-        out = {
-            name: torch.tensor([self._padded(row[name], width, fill) for row in plain]) for name, fill in fills.items()
-        }
-        mask = [self._padded([1] * len(row["input_ids"]), width, 0) for row in plain]
-        return out | {"attention_mask": torch.tensor(mask)}
-
-    def _padded(self, values: list[int], width: int, fill: int) -> list[int]:
-        gap = [fill] * (width - len(values))
-        return gap + values if self.padding_side == "left" else values + gap
-
-
-def full_context_rows(row: Row) -> list[Row]:
-    """One row for each query: prefix, the text of the contexts before it, and the query; no COMP tokens."""
-    contexts = {s for s, slot in zip(row["segment_ids"], row["comp_slot"], strict=True) if slot >= 0}
-    queries = sorted({s for s in row["segment_ids"] if s > 0} - contexts)
-    out = []
-    for query in queries:
-        kept = [
-            i
-            for i, (s, slot) in enumerate(zip(row["segment_ids"], row["comp_slot"], strict=True))
-            if slot < 0 and (s == query or s == 0 or (s in contexts and s < query))
-        ]
-        out.append({name: [row[name][i] for i in kept] for name in ("input_ids", "labels")})
-    return out

@@ -62,8 +62,3 @@ class MemoryLayer(DynamicLayer):
         """(B, H, count, d) keys and values that were read last."""
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, -count:], self.values[:, :, -count:]
-
-    def between(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(B, H, stop - start, d), copies that do not keep the rest alive."""
-        assert self.keys is not None and self.values is not None
-        return self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone()

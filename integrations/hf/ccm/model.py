@@ -20,7 +20,7 @@ from ..attention import switch_attention
 from .architecture import attention_modules, attention_targets, check_architecture, find_rotation
 from .comp_tokens import CompEmbedding, CompTokens, ParallelAttention, attach, no_rows
 from .config import FILE, CCMConfig
-from .data import segments_of
+from .rows import segments_of
 
 ADAPTER = "default"
 _WEIGHTS = "adapter_model.safetensors"

@@ -172,9 +172,8 @@ class CCMStream:
             count = min(max_new_tokens - len(answer), self.max_pairs - self.pairs)
             mask = torch.ones(1, self.pairs + 1, dtype=torch.long, device=last.device)
             model: Any = self._base
-            out = model.generate(
-                last.unsqueeze(0), attention_mask=mask, past_key_values=self._cache, max_new_tokens=count, **kwargs
-            )
+            held = decoder.cache_argument(self._base, self._cache)
+            out = model.generate(last.unsqueeze(0), attention_mask=mask, max_new_tokens=count, **held, **kwargs)
             self._count()
             new = out[0, 1:]
             answer, last = torch.cat([answer, new]), new[-1:]
@@ -208,7 +207,8 @@ class CCMStream:
     def _read(self, ids: Tensor) -> Tensor:
         """(L, V) float32 logits."""
         mask = torch.ones(1, self.pairs + len(ids), dtype=torch.long, device=ids.device)
-        out = self._base(ids.unsqueeze(0), attention_mask=mask, past_key_values=self._cache, use_cache=True)
+        held = decoder.cache_argument(self._base, self._cache)
+        out = self._base(ids.unsqueeze(0), attention_mask=mask, use_cache=True, **held)
         self._count()
         self._last = ids[-1:]
         logits: Tensor = out.logits[0].float()

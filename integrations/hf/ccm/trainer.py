@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model, load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .. import hub
+from .. import decoder, hub
 from .architecture import attention_targets
 from .config import CCMConfig
-from .data import CCMCollator
 from .model import CCMModel
+from .rows import CCMCollator
 
 _COLUMNS = ["input_ids", "labels", "segment_ids", "comp_slot"]
 
@@ -25,7 +25,7 @@ class CCMTrainer(Trainer):
     Args:
         model: the adapter to train.
         args: its ``remove_unused_columns`` needs no change.
-        data_collator: None pads rows as :func:`dataopt.integrations.hf.ccm.data.ccm_row` makes them.
+        data_collator: None pads rows as :func:`dataopt.integrations.hf.ccm_row` makes them.
         distill: weight of the divergence KL(full context || memory) at the labelled tokens, beside the loss of eq.
             7.4. The teacher is the base model without the adapter; 0 trains as the thesis does.
         kwargs: for Trainer.
@@ -48,7 +48,7 @@ class CCMTrainer(Trainer):
         if distill < 0:
             raise ValueError(f"distill={distill} must be at least 0")
         if data_collator is None:
-            data_collator = CCMCollator(_pad_id(model, kwargs.get("processing_class")))
+            data_collator = CCMCollator(decoder.pad_id(kwargs.get("processing_class"), model.config))
         super().__init__(model, args, data_collator, **kwargs)
         self.distill = distill
         self.label_names = ["labels"]
@@ -110,7 +110,7 @@ def finetune_full_context(
     )
     columns, args.remove_unused_columns = args.remove_unused_columns, False
     try:
-        collator = CCMCollator(_pad_id(base, kwargs.get("processing_class")), full_context=True)
+        collator = CCMCollator(decoder.pad_id(kwargs.get("processing_class"), base.config), full_context=True)
         trainer = Trainer(get_peft_model(base, lora), args, collator, train_dataset=train_dataset, **kwargs)
         trainer.train()
     finally:
@@ -118,13 +118,3 @@ def finetune_full_context(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     merged: PreTrainedModel = model.merge_and_unload()
     return merged.eval()
-
-
-def _pad_id(model: Any, tokenizer: Any) -> int:
-    config = getattr(model, "config", None)
-    for holder in (tokenizer, config):
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            value = getattr(holder, name, None)
-            if isinstance(value, int):
-                return value
-    return 0

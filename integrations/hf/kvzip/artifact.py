@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .. import fingerprint, hub
+from .. import decoder, fingerprint, hub
 from ..chat import split_template
 from .context import Context, Options
 from .layers import SlidingState
@@ -101,7 +101,7 @@ def load(
 
 def save_head_scores(scores: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write (L, H) scores as ``head_scores.json``. It holds nothing of the document, and belongs to the model alone."""
-    _check_folder(folder)
+    hub.check_folder(folder)
     _write_head_scores(scores, fingerprint.of_model(model), folder)
 
 
@@ -136,15 +136,10 @@ def _write_head_scores(scores: Tensor, made_with: fingerprint.Fingerprint, folde
     hub.write_record(folder / HEADS, HEADS_KIND, VERSION, content)
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
-
-
 def _save(
     context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, repo_id: str | None
 ) -> None:
-    _check_folder(folder)
+    hub.check_folder(folder)
     of_model = fingerprint.of_model(model)
     tensors = _tensors(context)
     name = TENSORS.replace("*", secrets.token_hex(4))
@@ -308,7 +303,7 @@ def _context(record: dict[str, Any], folder: Path, model: PreTrainedModel) -> Co
     ]
     if [e.get("attention") if isinstance(e, dict) else None for e in entries] != kinds:
         raise file.bad("layers are not those of the model")
-    where = _devices(model)
+    where = decoder.layer_devices(model)
     layers = tuple(
         _layer(file, i, entry, options, seen, prefix, dtype, where.get(i, where[-1])) for i, entry in enumerate(entries)
     )
@@ -371,18 +366,6 @@ def _layer(
         if scores.isnan().any():
             raise ValueError(f"{file.file}: {i}.scores has values that are no numbers; compress the context again")
     return PackedHeads(keys, values, tuple(lengths), prefix, scores).to(device)
-
-
-def _devices(model: PreTrainedModel) -> dict[int, torch.device]:
-    """Where each layer attends, by number; -1 for those that do not say."""
-    embedding = model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    where = {-1: embedding.device}
-    for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None:
-            where.setdefault(index, weight.device)
-    return where
 
 
 # The file of tensors

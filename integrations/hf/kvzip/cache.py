@@ -250,7 +250,7 @@ class KVzipCache(ReusableCache):
             )
         self._check_room(width)
         seen = self.seen_tokens
-        ids = torch.full((len(rows), width), self._pad_id())
+        ids = torch.full((len(rows), width), decoder.pad_id(self.tokenizer))
         mask = torch.zeros(len(rows), seen + self._kept + width, dtype=torch.long)
         for i, row in enumerate(rows):
             own = len(self._states[i if len(self._states) > 1 else 0].ids)
@@ -259,12 +259,6 @@ class KVzipCache(ReusableCache):
             mask[i, seen + self._kept + width - len(row) :] = 1
         device = decoder.input_device(self.model)
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-    def _pad_id(self) -> int:
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            if getattr(self.tokenizer, name, None) is not None:
-                return int(getattr(self.tokenizer, name))
-        return 0
 
     def messages(self, question: str) -> list[dict[str, str]]:
         """The conversation for ``pipeline("text-generation")``: ``pipe(cache.messages(q), past_key_values=cache)``.

@@ -183,7 +183,7 @@ def test_share_follows_lam():
     assert means[0] < 0.25 and 0.4 < means[1] < 0.6 and means[2] > 0.75
     each = torch.linspace(0.02, 0.98, 64)
     m = PuzzleMix(64)(x, torch.arange(64), s, lam=each, grid=8)
-    assert np.corrcoef(each, m.mask.mean((1, 2)))[0, 1] > 0.9
+    assert np.corrcoef(each, m.mask.mean((1, 2)))[0, 1] > 0.85  # .93 +- .013 over 300 seeds
 
 
 def test_the_generator_decides_everything():

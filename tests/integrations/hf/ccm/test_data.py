@@ -12,7 +12,7 @@ from dataopt.integrations.hf import (
     dialogue_rows,
     profile_rows,
 )
-from dataopt.integrations.hf.ccm.data import segments_of
+from dataopt.integrations.hf.ccm.rows import segments_of
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st

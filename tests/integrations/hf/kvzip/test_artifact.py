@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from dataopt.core.kvzip import Quantised
-from dataopt.integrations.hf import KVzipCache
+from dataopt.integrations.hf import KVzipCache, decoder
 from dataopt.integrations.hf import hub as hub_files
 from dataopt.integrations.hf.kvzip import artifact
 from hypothesis import given, settings
@@ -443,7 +443,7 @@ def test_a_file_that_is_no_safetensors(folder, model, tokenizer):
 def test_layers_say_where_they_are():
     spread = tiny()
     spread.model.layers[2].to("meta")
-    where = {i: d.type for i, d in artifact._devices(spread).items()}
+    where = {i: d.type for i, d in decoder.layer_devices(spread).items()}
     assert where == {-1: "cpu", 0: "cpu", 1: "cpu", 2: "meta", 3: "cpu"}
 
 
