@@ -8,6 +8,7 @@ import torch
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
+pytest_plugins = ["tests.compatibility"]
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
 
 

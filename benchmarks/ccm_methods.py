@@ -10,7 +10,7 @@ from typing import Any
 import ccm_tasks as tasks
 import torch
 from dataopt.core.ccm import Layout
-from dataopt.demo_ccm import adamw, descend
+from dataopt.demo.ccm import adamw, descend
 from dataopt.integrations.hf import CCMConfig, CCMModel
 from dataopt.integrations.hf.ccm.comp_tokens import CompTokens, ParallelAttention, no_rows
 from peft import LoraConfig, get_peft_model

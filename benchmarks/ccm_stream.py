@@ -22,7 +22,7 @@ from statistics import mean, stdev
 import common
 import torch
 from dataopt.core.artifacts import whole_file
-from dataopt.demo_ccm import adamw, descend
+from dataopt.demo.ccm import adamw, descend
 from dataopt.integrations.hf import CCMConfig, CCMModel, CCMStream
 from mixup import Job, run_cells
 from safetensors.torch import load_file, save_file

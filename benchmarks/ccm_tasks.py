@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from dataopt.core.artifacts import whole_file
-from dataopt.demo_ccm import adamw, descend
+from dataopt.demo.ccm import adamw, descend
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy

@@ -130,7 +130,7 @@ HANDBOOK = (
 
 def handbook() -> Document:
     """About 1,500 tokens of prose with many questions."""
-    text = files("dataopt").joinpath("kvzip_demo.txt").read_text(encoding="utf-8").strip()
+    text = files("dataopt").joinpath("demo/handbook.txt").read_text(encoding="utf-8").strip()
     return Document(text, {"questions": list(HANDBOOK)})
 
 

@@ -31,6 +31,7 @@ SCRIPTS = (
     ("relation_labels", True),
     ("relation_outliers", True),
     ("relation_after_cleaning", True),
+    ("relation_rounds", True),
     ("relation_speed", True),
     ("condense", True),
     ("condense_speed", True),

@@ -281,6 +281,13 @@ def test_relation_after_cleaning(run):
     assert all(value["accuracy"] > 90 for value in cell.values())
 
 
+def test_relation_rounds(run):
+    cells, text = run("relation_rounds")
+    cell = cells["digits 8 %, drop, seed 0"]
+    assert len(cell["accuracy"]) == len(cell["found"]) + 1 >= 3 and cell["found"][-1] > 0.8 * cell["wrong"]
+    assert cell["stable"] == (cell["changed"][-1] == 0) and "digits 8 %, drop" in text
+
+
 def test_relation_speed(run):
     cells, text = run("relation_speed")
     assert cells["n=2000, C=10, very confident"]["computed"] < cells["n=2000, C=10"]["computed"] < 1

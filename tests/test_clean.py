@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from dataopt import clean_report, demo_clean
+from dataopt import clean_report
 from dataopt.cli import app
 from dataopt.core.relation import find_issues
 from dataopt.integrations.hf import hub as records
@@ -233,14 +233,3 @@ def test_a_model_of_other_classes_is_refused(reviews, tmp_path):
     data.save_to_disk(tmp_path / "data")
     result = run(tmp_path / "data", "--model", tmp_path / "five", "--out", tmp_path / "out")
     assert result.exit_code == 1 and "knows 5 classes and the labels are 2" in result.output
-
-
-def test_the_demo_finds_what_it_changed(tmp_path, capsys):
-    demo_clean.main(tmp_path)
-    printed = capsys.readouterr().out
-    found, changed, called = (int(word) for word in printed.splitlines()[-1].split() if word.isdigit())
-    assert changed == 144 and found >= 0.7 * changed and found >= 0.9 * called
-    _, wrong = demo_clean.noisy_digits()
-    scores = pd.read_parquet(tmp_path / "clean/scores.parquet")
-    assert (scores.is_label_issue & wrong).sum() == found and scores.is_label_issue.sum() == called
-    assert len(read_folder(tmp_path / "clean").suspects) >= called

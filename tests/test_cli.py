@@ -64,7 +64,7 @@ def test_unknown_command():
     assert "trian" in run.stderr and "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("args", [("--epochs", "0"), ("--seeds", "-1"), ("--out", __file__)])
+@pytest.mark.parametrize("args", [("--out", __file__), ("--seeds", "2")])
 def test_demo_refuses_bad_options_by_name(args):
     run = dataopt_command("demo", *args, without="torch")  # before anything is loaded
     assert run.returncode == 2

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from dataopt import demo_condense, plots
+from dataopt import plots
 from dataopt.cli import app
 from dataopt.condense_commands import Network, verdict
 from dataopt.core.condense import Condensed, Condenser, ConvNet, Score, Scores, evaluate, initial
@@ -337,19 +337,3 @@ def test_changes_are_coloured_by_their_sign():
     assert Image.open(io.BytesIO(plots.to_png(figure))).format == "PNG"
     unchanged = plots.show_changes(["only"], list(before), list(before))
     assert unchanged.axes[2].get_title("left") == "no change"
-
-
-def test_the_demo_condenses_and_compares(tmp_path, capsys):
-    demo_condense.main(tmp_path, steps=2, evaluation_steps=2)
-    printed, folder = capsys.readouterr().out, tmp_path / "condense"
-    report = json.loads((folder / "condense.json").read_text())
-    assert [r["data"] for r in report["rows"]] == ["condensed", "random", "herding", "init"]
-    assert all(r["stored"] == r["shown"] == 10 for r in report["rows"])
-    assert all(line in printed for line in report["table"])
-    assert Condensed.load(folder).images.shape == (10, 1, 8, 8)
-    assert {p.name for p in folder.glob("*.png")} == {"condensed.png", "changed.png"}
-    (train, y), (test, _) = demo_condense.load()
-    assert len(train) == 1297 and len(test) == 500 and float(train.max()) == 1
-    assert y.bincount().min() > 100
-    with pytest.raises(ValueError, match="is a file; give a folder"):
-        demo_condense.main(folder / "condense.json")

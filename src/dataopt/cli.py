@@ -31,8 +31,9 @@ app.command()(review_cli.review)
 
 class Part(StrEnum):
     all = "all"
-    digits = "digits"
     clean = "clean"
+    rounds = "rounds"
+    mix = "mix"
     condense = "condense"
     kvzip = "kvzip"
     ccm = "ccm"
@@ -70,26 +71,17 @@ def train(ctx: typer.Context) -> None:
 
 @app.command()
 def demo(
-    part: Annotated[Part, typer.Argument(help="One part alone.")] = Part.all,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for pictures and results.")] = Path("demo"),
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Digits: epochs per run; the default fits four minutes.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Digits: runs per method.")] = 3,
+    part: Annotated[Part, typer.Argument(help="One step alone.")] = Part.all,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the report and its pictures.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer sizes, in a third of the time.")] = False,
 ) -> None:
-    """Mix, clean and condense handwritten digits; question a compressed text; keep a conversation in a small memory."""
+    """Find wrong labels, mix, condense, publish, question a compressed text, remember a conversation: one report."""
     with extra("demo"):
         wanted = [p for p in Part if p != Part.all and part in (Part.all, p)]
-        # All are looked at before one runs, so that what is missing shows at once.
-        if Part.kvzip in wanted:
+        if Part.kvzip in wanted:  # looked at before anything runs
             importlib.import_module("dataopt.smollm2").find_smollm2()
-        ready = {
-            p: importlib.import_module("dataopt.demo" if p == Part.digits else f"dataopt.demo_{p}") for p in wanted
-        }
-        for p in wanted:
-            if p != wanted[0]:
-                typer.echo()
-            ready[p].main(out=out, **({"epochs": epochs, "seeds": seeds} if p == Part.digits else {}))
+        walk = importlib.import_module("dataopt.demo")
+        walk.main(walk.Walk(out, quick), wanted)
 
 
 @app.command()

@@ -284,6 +284,25 @@ def _sheet(rows: Sequence[np.ndarray]) -> np.ndarray:
     return out.clip(0, 1)
 
 
+def show_labels(images: np.ndarray, titles: Sequence[str], right: np.ndarray, columns: int = 6) -> Figure:
+    """Pictures with a line above each.
+
+    Args:
+        images: (n, C, H, W) pixels in [0, 1], C being 1 or 3.
+        titles: n lines.
+        right: (n,) bool; a green frame for True, a red one for False.
+    """
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(1.3 * columns, 1.55 * rows), facecolor="white", layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(images) :]:
+        ax.set_axis_off()
+    for ax, pixels, title, good in zip(axes, images, titles, right, strict=False):
+        _image(ax, pixels, "#1c7a46" if good else "#b3261e")
+        ax.set_title(title, fontsize=10)
+    return figure
+
+
 def show_reliability(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], errors: Mapping[str, float] | None = None
 ) -> Figure:

@@ -8,8 +8,7 @@ import textwrap
 from collections.abc import Iterator
 
 import pytest
-
-from tests.hub.server import Hub
+from dataopt.local_hub import Hub
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import urllib.request
 from typing import Any
 
 import pytest
+from dataopt.local_hub import Hub
+from dataopt.local_hub.repos import File, Repo
 
 from tests.hub.fixtures import run_client
-from tests.hub.repos import File, Repo
-from tests.hub.server import Hub
 
 # Every snippet prints one JSON value; `kind(call)` is the class name of what a call raises, or "fine".
 HEAD = """

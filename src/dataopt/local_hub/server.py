@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tests.hub.repos import Commit, File, HubError, Repo, card, changed, folders, lfs_info, path_info
+from .repos import Commit, File, HubError, Repo, card, changed, folders, lfs_info, path_info
 
 LFS_PATTERNS = ("*.bin", "*.parquet", "*.safetensors", "*.npz", "*.arrow", "*.zip")
 GITATTRIBUTES = "".join(f"{p} filter=lfs diff=lfs merge=lfs -text\n" for p in LFS_PATTERNS).encode()

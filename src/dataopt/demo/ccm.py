@@ -1,4 +1,4 @@
-"""``dataopt demo ccm``: a small model is told sixteen things one after another, and remembers them in one pair each.
+"""A small model is told sixteen things one after another, and remembers them in one pair each.
 
 Who keeps what is drawn anew for every conversation, so the answer can only come from the conversation. First the model
 learns to read such conversations as a whole; then its weights are frozen and the adapter of CCM is trained.
@@ -6,24 +6,20 @@ learns to read such conversations as a whole; then its weights are frozen and th
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .core.artifacts import write_whole
-from .integrations.hf import CCMCache, CCMConfig, CCMModel, decoder
+from .. import plots
+from ..integrations.hf import CCMCache, CCMConfig, CCMModel, decoder
+from .step import Step
 
 NAMES = (
     "Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gil", "Hana", "Ida", "Jon", "Kai", "Lea", "Max", "Nora", "Otto", "Pia",
@@ -166,62 +162,50 @@ def talk(model: CCMModel, words: PreTrainedTokenizerFast, generator: torch.Gener
     return out
 
 
-def main(out: Path = Path("demo"), steps: dict[str, int] | None = None) -> None:
-    """Train both, print what is remembered, and write ``ccm.json`` into ``out``.
-
-    Args:
-        steps: of "model" and "adapter", instead of ``STEPS``.
-
-    Raises:
-        ValueError: ``out`` is a file.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file; give a folder")
-    steps = STEPS if steps is None else steps
+def converse(steps: dict[str, int], say: Callable[[str], Callable[[], object]]) -> Step:
+    """The step; ``say`` is of the demo's ``progress``."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     start = time.perf_counter()
-    with tqdm(total=sum(steps.values()), unit="step", disable=None, leave=False) as bar:
-        bar.set_description("model")
-        base = train_model(generator, steps["model"], bar.update)
-        bar.set_description("adapter")
-        model = train_adapter(base, "concat", generator, steps["adapter"], bar.update)
+    base = train_model(generator, steps["model"], say("the model"))
+    model = train_adapter(base, "concat", generator, steps["adapter"], say("the adapter"))
     seconds = time.perf_counter() - start
     known = accuracy(model, torch.Generator().manual_seed(1))
     said = talk(model, tokenizer(), torch.Generator().manual_seed(2))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"A Llama of {sum(p.numel() for p in base.parameters()) - trained:,} parameters and an adapter of {trained:,}, "
-        f"trained in {seconds:.1f} s, threads: {torch.get_num_threads()}. Sixteen facts are told, one by one;\n"
-        f"right answers in {TESTS} new conversations, %, and key-value pairs that are kept of them:\n"
+    weights = sum(p.numel() for p in base.parameters()) - trained
+    turn = said[-1]
+    told = list(range(1, FACTS + 1))
+    curves = {"right answers, %": {name: (told, [100 * v for v in values]) for name, values in known.items()}}
+    return Step(
+        "Keep a conversation in a small memory",
+        f"A Llama of {weights:,} parameters with an adapter of {trained:,}, trained here in {seconds:.1f} s, is told "
+        f"sixteen facts one by one. What does it know of them in {TESTS} new conversations, with one key-value pair a "
+        "head and layer for each fact, and with everything before it?",
+        [
+            "facts",
+            "nothing kept: right, %",
+            "CCM: right, %",
+            "everything kept: right, %",
+            "pairs, CCM",
+            "pairs, everything",
+        ],
+        [
+            [
+                str(step),
+                *(f"{100 * known[name][step - 1]:.1f}" for name in ("nothing", "CCM", "everything")),
+                str(step),
+                str(2 * step),
+            ]
+            for step in SHOWN
+        ],
+        f"After fact {turn['step']}: What does {turn['asked']} keep? {turn['said']} ({turn['right']} is right; the "
+        f"memory has {turn['bytes']:,} bytes). One training; the table's standard error is at most "
+        f"{50 / math.sqrt(TESTS):.1f} points.",
+        "dataopt ccm train DATASET --base MODEL --out memory, then dataopt ccm chat memory",
+        {"ccm.png": ("Right answers over the facts told.", plots.to_png(plots.show_curves(curves, "facts told")))},
+        {"steps": steps, "seconds": seconds, "accuracy": known, "conversation": said},
     )
-    print(table(known))
-    print("\nOne of them:\n")
-    for turn in said:
-        who, thing = turn["told"]
-        kept = f"{turn['pairs']} pair{'s' if turn['pairs'] > 1 else ''}, {turn['bytes']:,} bytes"
-        print(f"  fact {turn['step']:2}: {who} keeps {thing}.".ljust(34), end="")
-        print(f"What does {turn['asked']} keep? {turn['said']}".ljust(34) + f"({turn['right']} is right; {kept})")
-    packages = ("dataopt", "torch", "transformers", "peft")
-    report = {
-        "steps": steps,
-        "seconds": seconds,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "accuracy": known,
-        "conversation": said,
-    }
-    write_whole(out / "ccm.json", json.dumps(report, indent=2) + "\n")
-    print(f"\nWrote {out / 'ccm.json'}.")
-
-
-def table(known: dict[str, list[float]]) -> str:
-    """A line for each number of facts."""
-    lines = [f"{'facts':>6} {'nothing':>9} {'CCM':>7} {'everything':>11} {'pairs: CCM':>11} {'everything':>11}"]
-    for step in SHOWN:
-        shares = [100 * known[name][step - 1] for name in ("nothing", "CCM", "everything")]
-        lines.append(f"{step:6} {shares[0]:9.1f} {shares[1]:7.1f} {shares[2]:11.1f} {step:11} {2 * step:11}")
-    return "\n".join(lines)
 
 
 def adamw(weights: list[Any], rate: float, steps: int, decay: float) -> tuple[Any, Any]:
