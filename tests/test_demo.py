@@ -119,7 +119,7 @@ def test_what_was_condensed_comes_back_from_the_hub(walk):
     assert step.figures["came_back_equal"] and "bit for bit" in step.found and step.figures["bytes"] > 1000
     assert step.rows[0][0] == "10 condensed digits, downloaded" and len(step.rows) == 4
     assert len(Condensed.load(walk.out / "condense").labels) == 10
-    assert set(step.pictures) == {"condensed.png", "changed.png"}
+    assert set(step.pictures) == {"condensed.png"}
     assert not (walk.out / "condense/pulled.safetensors").exists()
 
 
@@ -177,7 +177,7 @@ def test_steps_are_printed_within_the_width():
         "Title", "Why? " * 30, ["", "a", "b"], [["row", "1.5", "word " * 20], ["x", "22", "y"]], "That.", "do it"
     )
     lines = step.text(60).splitlines()
-    assert max(map(len, lines)) <= 60 and lines[0] == "Title" and lines[-1] == "Alone: do it"
+    assert max(map(len, lines)) <= 60 and lines[0] == "Title" and lines[-1] == "  $ do it"
     table = aligned(["", "a"], [["row", "1.5"], ["longer", "22"]], 80).splitlines()
     assert table == ["          a", "row     1.5", "longer   22"]
     assert spread([1.0]) == "1.0" and spread([1.0, 3.0], 2) == "2.00 ± 1.41"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import dataopt
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"dataopt": "src/dataopt", "dataopt.core": "core", "dataopt.integrations": "integrations"}
@@ -63,6 +64,12 @@ def test_no_folder_hides_the_package():
 
 def test_version_is_stated_once():
     assert importlib.metadata.version("dataopt") == dataopt.__version__
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == dataopt.__version__ and cited["license"] == "Apache-2.0"
+    assert len(cited["references"]) == 6 and all(entry["authors"] for entry in cited["references"])
 
 
 def test_relative_imports_are_resolved(tmp_path):
@@ -115,7 +122,7 @@ def test_docstring_examples(name):
 
 @pytest.fixture(scope="module")
 def wheel_target(tmp_path_factory) -> Path:
-    """The built wheel, installed without dependencies into a folder of its own."""
+    """The source distribution, built and installed from its archive, without dependencies, into a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"
     # a copy: setuptools leaves build/ behind, and would take old files from it
@@ -123,8 +130,11 @@ def wheel_target(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, tree)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, folder], cwd=tree, check=True, capture_output=True)
+    (archive,) = folder.glob("dataopt-*.tar.gz")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", folder / "target", tree], check=True)
+    subprocess.run([*pip, "--target", folder / "target", archive], check=True)
     return folder / "target"
 
 
@@ -134,7 +144,8 @@ def test_wheel_holds_every_module_and_no_other(wheel_target):
     for package, path in sources():
         ours.add(Path(*package.split(".")[1:]) / path.name)
     assert built == ours
-    assert (wheel_target / "dataopt/py.typed").exists()
+    for name in ("py.typed", "clean_report.html", "demo/handbook.txt", "demo/report.html", "review/page.html"):
+        assert (wheel_target / "dataopt" / name).exists()
     assert {p.name for p in wheel_target.iterdir() if p.suffix != ".dist-info"} == {"dataopt", "bin"}
 
 

@@ -95,6 +95,8 @@ def show_curves(panels: Mapping[str, Mapping[str, Curve]], x_label: str) -> Figu
             ax.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel(x_label)
+        if all(isinstance(value, int) for x, _ in curves.values() for value in x):
+            ax.xaxis.get_major_locator().set_params(integer=True)
         _plain(ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(panels)), frameon=False)
@@ -299,6 +301,7 @@ def show_labels(images: np.ndarray, titles: Sequence[str], right: np.ndarray, co
         ax.set_axis_off()
     for ax, pixels, title, good in zip(axes, images, titles, right, strict=False):
         _image(ax, pixels, "#1c7a46" if good else "#b3261e")
+        ax.set(xticks=[], yticks=[])
         ax.set_title(title, fontsize=10)
     return figure
 

@@ -202,7 +202,7 @@ def converse(steps: dict[str, int], say: Callable[[str], Callable[[], object]]) 
         f"After fact {turn['step']}: What does {turn['asked']} keep? {turn['said']} ({turn['right']} is right; the "
         f"memory has {turn['bytes']:,} bytes). One training; the table's standard error is at most "
         f"{50 / math.sqrt(TESTS):.1f} points.",
-        "dataopt ccm train DATASET --base MODEL --out memory, then dataopt ccm chat memory",
+        ["dataopt ccm train DATASET --model MODEL --form dialogue --out memory", "dataopt ccm chat memory"],
         {"ccm.png": ("Right answers over the facts told.", plots.to_png(plots.show_curves(curves, "facts told")))},
         {"steps": steps, "seconds": seconds, "accuracy": known, "conversation": said},
     )

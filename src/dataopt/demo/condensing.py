@@ -35,7 +35,7 @@ def condense(
     condensed = condenser.fit(*train)
     folder = out / "condense"
     condensed.save(folder)
-    drawn = draw(condensed, condenser.initial, folder)
+    draw(condensed, condenser.initial, folder)
     file, nbytes = there_and_back(folder)
     pulled = load_file(file)
     file.unlink()
@@ -59,14 +59,11 @@ def condense(
         ],
         f"{verdict(scores)} Condensing took {seconds:.1f} s; the repository has {nbytes:,} bytes, and what came back "
         f"is {'bit for bit what was pushed' if same else 'NOT what was pushed'}.",
-        "dataopt condense DATASET --images-per-class 1 --out condense --push ID, then load_condensed(ID)",
-        {name: (_CAPTIONS[name], (folder / name).read_bytes()) for name in drawn},
+        ["dataopt condense DATASET --images-per-class 1 --out condense --push ID", "dataopt condense eval condense"],
+        {"condensed.png": (_CAPTION, (folder / "changed.png").read_bytes())},
         {name: figures[name] for name in ("test_images", "seeds", "rows")}
         | {"steps": steps, "seconds": seconds, "bytes": nbytes, "came_back_equal": same},
     )
 
 
-_CAPTIONS = {
-    "condensed.png": "What is stored, and what networks are trained on.",
-    "changed.png": "What condensing changed, from the mean of each class.",
-}
+_CAPTION = "Before: the mean of each class. After: the condensed digit."

@@ -93,7 +93,7 @@ def ask(ratios: Sequence[float], text: str | None = None, questions: Sequence[tu
         ],
         f"With {SHOWN:.0%} of the pairs {shown.right} of {count} answers are right, with all {results[0].right}. "
         "Greedy answers: nothing here is left to chance.",
-        "dataopt kvzip compress FILE --model MODEL --ratio 0.3 --out notes, then dataopt kvzip ask notes 'a question'",
+        ["dataopt kvzip compress FILE --model MODEL --ratio 0.3 --out notes", "dataopt kvzip ask notes 'a question'"],
         {"kvzip_kept.png": (f"What each head of each layer kept at {SHOWN:.0%}.", kept)},
         {
             "tokens": cache.seen_tokens,

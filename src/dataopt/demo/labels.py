@@ -125,7 +125,7 @@ def find(digits: Digits, cleanings: list[Cleaning], out: Path) -> Step:
         ],
         f"In the first seed {int((called[0] & wrong[0]).sum())} of {int(wrong[0].sum())} were found, with "
         f"{int((called[0] & ~wrong[0]).sum())} false alarms; {out / 'clean' / 'report.html'} shows why.",
-        "dataopt clean DATASET --model MODEL --out clean, then dataopt review clean",
+        ["dataopt clean DATASET --model MODEL --out clean", "dataopt review clean"],
         {"labels.png": ("The worst twelve: given label → suggested label. Green frames were really changed.", picture)},
         {"found": found, "right": right, "average_precision": precision},
     )
@@ -171,7 +171,7 @@ def again(cleanings: list[Cleaning]) -> Step:
         rows,
         f"The second round finds {spread(more)} points more of the changed labels. {stable} of {len(cleanings)} seeds "
         f"came to a round that changes nothing, {_ROUNDS} rounds at most.",
-        "from dataopt.core.relation import refine",
+        ['python -c "from dataopt.core.relation import refine; help(refine)"'],
         {"rounds.png": ("Each seed over the rounds.", plots.to_png(plots.show_curves(curves, "round")))},
         {"found": found, "false_alarms": alarms, "accuracy": [c.accuracy for c in cleanings]},
     )

@@ -148,7 +148,10 @@ def mix(digits: Digits, cleanings: list[Cleaning], epochs: int, say: Callable[[s
             for method in METHODS
         ],
         f"Cleaning alone brings {spread(gain, 2)} points. The best accuracy here has {best}.",
-        "dataopt train path/to/images --model resnet50 --mixup puzzle, or --mixup comixup --comixup-clean-weight 1",
+        [
+            "dataopt train path/to/images --model resnet50 --mixup puzzle",
+            "dataopt train path/to/images --model resnet50 --mixup comixup --comixup-clean-weight 1",
+        ],
         {"puzzle_mix.png": (caption, picture(model, images))},
         {"runs": [asdict(s) for s in scores], "epochs": epochs},
     )

@@ -19,7 +19,7 @@ class Step:
         asked: the question, with the data.
         header, rows: the table of what came out, text in all cells.
         found: what that says, in a sentence or two.
-        command: what does this alone, on data of one's own.
+        commands: what does this alone, on data of one's own.
         pictures: caption to PNG, by file name.
         figures: the numbers behind the table, for ``report.json``.
     """
@@ -29,7 +29,7 @@ class Step:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     found: str
-    command: str
+    commands: Sequence[str]
     pictures: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ class Step:
                 aligned(self.header, self.rows, columns),
                 "",
                 *textwrap.wrap(self.found, columns),
-                f"Alone: {self.command}",
+                *(f"  $ {command}" for command in self.commands),
             ]
         )
 
