@@ -36,7 +36,7 @@ def talks(tmp_path_factory):
     return path
 
 
-TRAIN = ("--steps", 6, "--batch-size", 4, "--micro-batch", 4, "--hold-out", 4, "--lr", 0.01, "--comp-tokens", 1)
+TRAIN = ("--steps", 6, "--batch-size", 4, "--micro-batch", 4, "--test-rows", 4, "--lr", 0.01, "--comp-tokens", 1)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_refusals(adapter, model, talks, tmp_path):
             ("train", talks, "--model", model, "--out", tmp_path / "a", "--column", "talk"),
             "'talk' is not among the columns",
         ),
-        (("train", talks, "--model", model, "--out", tmp_path / "b", "--hold-out", 20), "leave none to train on"),
+        (("train", talks, "--model", model, "--out", tmp_path / "b", "--test-rows", 20), "leave none to train on"),
         (("train", talks, "--model", model, "--out", tmp_path / "c", "--ema", 0.5), "mode='merge'"),
         (("chat", model, "--model", model), "is missing"),
         (("stream", adapter, tmp_path / "nowhere.txt"), "No such file"),

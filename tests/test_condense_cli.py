@@ -68,7 +68,7 @@ def condensed(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("condensed") / "out"
     result = run(folder, *SMALL, "--steps", 4, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "60 pictures of 8 x 8 grey pixels in 3 classes became 3 (5.00%), cut by 2 to 12" in result.output
+    assert "60 images of 8 x 8 grey pixels in 3 classes became 3 (5.00%), cut by 2 to 12" in result.output
     assert f"dataopt condense eval {out}" in result.output
     return out
 
@@ -149,9 +149,9 @@ def test_held_out_pictures_are_not_condensed_and_are_tested_on(folder, tmp_path)
     assert result.exit_code == 0, result.output
     assert Condensed.load(out).made["source"]["classes"] == [15, 15, 15]
     scored = run("eval", out, "--seeds", 1, "--steps", 1)
-    assert scored.exit_code == 0 and "15 test pictures" in scored.output
+    assert scored.exit_code == 0 and "15 test images" in scored.output
     elsewhere = run("eval", out, "--seeds", 1, "--steps", 1, "--test", folder / "test")
-    assert elsewhere.exit_code == 0 and "30 test pictures" in elsewhere.output
+    assert elsewhere.exit_code == 0 and "30 test images" in elsewhere.output
 
 
 def test_files_with_texts_as_labels_in_another_order(digits, folder, tmp_path):

@@ -174,7 +174,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_steps_are_printed_within_the_width():
     step = Step(
-        "Title", "Why? " * 30, ["", "a", "b"], [["row", "1.5", "word " * 20], ["x", "22", "y"]], "That.", "do it"
+        "Title", "Why? " * 30, ["", "a", "b"], [["row", "1.5", "word " * 20], ["x", "22", "y"]], "That.", ["do it"]
     )
     lines = step.text(60).splitlines()
     assert max(map(len, lines)) <= 60 and lines[0] == "Title" and lines[-1] == "  $ do it"

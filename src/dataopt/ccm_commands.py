@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .core.artifacts import write_whole
@@ -75,7 +77,7 @@ def train(
     micro_batch: int,
     lr: float,
     distill: float,
-    hold_out: int,
+    test_rows: int,
     checkpointing: bool,
     seed: int,
     resume: bool,
@@ -92,7 +94,7 @@ def train(
     arguments = {
         "dataset": found, "form": form, "column": column, "options": options, "multi_query": multi_query,
         "max_tokens": max_tokens, "steps": steps, "full_context_steps": full_context_steps, "batch_size": batch_size,
-        "lr": lr, "distill": distill, "hold_out": hold_out, "seed": seed, "model": source.model,
+        "lr": lr, "distill": distill, "test_rows": test_rows, "seed": seed, "model": source.model,
     }  # fmt: skip
     with claimed(out, arguments, resume, "dataopt ccm train"):
         base, tokenizer = source.load()
@@ -100,10 +102,10 @@ def train(
         size = len(embedding.weight)
         comp_ids = list(range(size, size + asked.comp_tokens))  # those that CCMModel appends
         rows = _rows(form, load_source(found), tokenizer, comp_ids, column, multi_query, max_tokens, asked.sink, seed)
-        if len(rows) <= hold_out:
-            raise ValueError(f"{len(rows)} rows and --hold-out {hold_out} leave none to train on; hold out fewer")
-    kept = rows.select(range(len(rows) - hold_out, len(rows)))
-    rows = rows.select(range(len(rows) - hold_out))
+        if len(rows) <= test_rows:
+            raise ValueError(f"{len(rows)} rows and --test-rows {test_rows} leave none to train on; keep out fewer")
+    kept = rows.select(range(len(rows) - test_rows, len(rows)))
+    rows = rows.select(range(len(rows) - test_rows))
     work = out / WORK
     common: dict[str, Any] = {
         "per_device_train_batch_size": micro_batch,
@@ -138,7 +140,12 @@ def train(
     trainer = CCMTrainer(model, args, distill=distill, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)  # off a terminal; the report holds the losses
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(work / "adapter") if resume else None)
+    found = _checkpoint(work / "adapter") if resume else None
+    if found and (state := TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))).global_step >= steps:
+        trainer._load_from_checkpoint(found)  # all was trained; train() would take one step more
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=found)
     seconds = time.perf_counter() - start
     if not trainer.is_world_process_zero():
         return
@@ -147,7 +154,7 @@ def train(
         "seconds": seconds,
         "rows": len(rows),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "held_out": measured(model, kept, trainer.data_collator, micro_batch) if hold_out else None,
+        "held_out": measured(model, kept, trainer.data_collator, micro_batch) if test_rows else None,
         "versions": {p: importlib.metadata.version(p) for p in ("dataopt", "torch", "transformers", "peft")},
     }
     model.save_pretrained(out)
@@ -173,19 +180,25 @@ def _first_stage(
     folder: Path,
 ) -> PreTrainedModel:
     """Thesis section 7.4: LoRA on full contexts, merged; kept, so that a resumed run finds it."""
-    if folder.exists():
-        again, _ = replace(source, model=str(folder), revision=None).load()
-        return again
-    tuned = finetune_full_context(base, args, rows)
-    part = folder.with_name(f".{folder.name}")  # renamed when whole: what a kill leaves is not taken for the model
-    tokenizer.save_pretrained(part)
-    tuned.save_pretrained(part)
-    part.rename(folder)
-    return tuned
+    if not folder.exists():
+        tuned = finetune_full_context(base, args, rows)
+        part = folder.with_name(f".{folder.name}")  # renamed when whole: what a kill leaves is not taken for the model
+        tokenizer.save_pretrained(part)
+        tuned.save_pretrained(part)
+        part.rename(folder)
+    again, _ = replace(source, model=str(folder), revision=None).load()  # under its own name, as in a resumed run
+    return again
 
 
 def _checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest checkpoint that is whole; what a kill has left of newer ones goes."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))):
+        try:
+            json.loads((Path(found) / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
+            return found
+        except (OSError, ValueError):
+            shutil.rmtree(found)
+    return None
 
 
 def _rows(

@@ -27,7 +27,7 @@ class _Condense(TyperGroup):
         return name if name == "eval" else None, command, rest  # usage lines do not show the other's name
 
 
-app = typer.Typer(cls=_Condense, help="Condense a data set of pictures to a few that networks can be trained on.")
+app = typer.Typer(cls=_Condense, help="Condense a data set of images to a few that networks can be trained on.")
 
 
 class Preset(StrEnum):
@@ -66,18 +66,18 @@ def condense(
         ),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the result.")],
-    images_per_class: Annotated[int, typer.Option(min=1, help="Pictures to store for each class.")] = 10,
+    images_per_class: Annotated[int, typer.Option(min=1, help="Images to store for each class.")] = 10,
     factor: Annotated[
         str,
         typer.Option(
-            metavar="N|auto", help="Cut each stored picture into N x N tiles to train on; auto tries 1, 2 and 3."
+            metavar="N|auto", help="Cut each stored image into N x N tiles to train on; auto tries 1, 2 and 3."
         ),
     ] = "2",
     axes: Annotated[Axes, typer.Option(help="Cut both sides, or the width alone, for spectrograms.")] = Axes.space,
     split: Annotated[str | None, typer.Option(help="Split to condense; the default is the only one, or train.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the data set on the Hub.")] = None,
-    input_column: Annotated[str | None, typer.Option(help="Column of pictures.")] = None,
+    input_column: Annotated[str | None, typer.Option(help="Column of images.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
     size: Annotated[
         int | None, typer.Option(min=2, help="Cut to a square and resize to so many pixels a side first.")
@@ -96,10 +96,10 @@ def condense(
         int | None,
         typer.Option(min=1, help="Channels of the network. The default is the thesis' (128); 32 is far quicker."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the pictures.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the images.")] = 500,
     init: Annotated[Init | None, typer.Option(help="What to start from; the default is the preset's.")] = None,
     objective: Annotated[Objective, typer.Option(help="What is matched.")] = Objective.gradients,
-    lr: Annotated[float | None, typer.Option(help="Rate of the pictures; the default is the preset's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Rate of the images; the default is the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: Device = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile; pays in runs of several minutes.")] = False,
@@ -110,7 +110,7 @@ def condense(
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     licence: Annotated[str | None, typer.Option(help="Of the data set, for the card, such as mit.")] = None,
 ) -> None:
-    """Condense a data set of pictures to a few for each class that networks can be trained on.
+    """Condense a data set of images to a few for each class that networks can be trained on.
 
     `dataopt condense eval DIR` then says how well, beside other choices of the same size.
     """
@@ -146,13 +146,13 @@ def condense(
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that dataopt condense has written.")],
     test: Annotated[
-        str | None, typer.Option(metavar="DATASET", help="Where test pictures are; the default is the same data set.")
+        str | None, typer.Option(metavar="DATASET", help="Where test images are; the default is the same data set.")
     ] = None,
     test_split: Annotated[str | None, typer.Option(help="Their split; the default is test.")] = None,
     network: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help=f"{NETWORKS}: what to train; again for several. The default made the pictures."
+            metavar="NAME", help=f"{NETWORKS}: what to train; again for several. The default made the images."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train for each row.")] = 3,
@@ -170,7 +170,7 @@ def evaluate(
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     licence: Annotated[str | None, typer.Option(help="Of the data set, for the card, such as mit.")] = None,
 ) -> None:
-    """Test networks trained on the condensed pictures beside random, herding and initial ones of the same size.
+    """Test networks trained on the condensed images beside random, herding and initial ones of the same size.
 
     Prints accuracy after the last step, and writes it to DIR/scores.json.
     """

@@ -184,7 +184,7 @@ def evaluate_folder(
     """Print the table of scores of a folder that :func:`condense` wrote, and write it to ``scores.json``.
 
     Raises:
-        ValueError: no such folder, no test pictures, or others than it was made from.
+        ValueError: no such folder, no test images, or others than it was made from.
         OSError: a data set that is no longer there.
     """
     if not sys.stderr.isatty():
@@ -213,12 +213,12 @@ def evaluate_folder(
         held = read_images(data, column, record["size"], record["grey"])
         y = _class_ids(data, labels if labels in data.column_names else find_labels(data), names)
     if held.shape[1:] != pictures.images.shape[1:]:
-        raise ValueError(f"test pictures are {_shape(held)} and those condensed {_shape(pictures.images)}; resize them")
+        raise ValueError(f"test images are {_shape(held)} and those condensed {_shape(pictures.images)}; resize them")
     scores = evaluate(
         condensed, (pictures.images, pictures.labels), (held, y), fns, seeds=range(seeds), steps=steps, epochs=epochs,
         same_compute=same_compute, device=place,
     )  # fmt: skip
-    print(f"{len(held):,} test pictures; accuracy after the last step, mean and spread over {_seeds(seeds)}:\n")
+    print(f"{len(held):,} test images; accuracy after the last step, mean and spread over {_seeds(seeds)}:\n")
     print(scores)
     print("\n" + verdict(scores))
     tested: Any = where or {"held out": record["hold_out"]}
@@ -231,7 +231,7 @@ def read(data: datasets.Dataset, record: dict[str, Any], names: Sequence[str]) -
     """The training set that a record describes, and what it holds out.
 
     Raises:
-        ValueError: pictures or labels that the message names.
+        ValueError: images or labels that the message names.
     """
     labels = _class_ids(data, record["label_column"], names)
     images = read_images(data, record["input_column"], record["size"], record.get("grey"))
@@ -292,9 +292,9 @@ def summary(condensed: Condensed, condenser: Condenser, drawn: Sequence[str], ou
     n, shown = len(condensed.images), len(condensed.decode()[1])
     assert condenser.losses is not None
     begin, end = float(condenser.losses[:10].mean()), float(condenser.losses[-10:].mean())
-    tiles = f", cut by {condensed.factor} to {shown:,} pictures to train on" if condensed.factor > 1 else ""
+    tiles = f", cut by {condensed.factor} to {shown:,} images to train on" if condensed.factor > 1 else ""
     lines = [
-        f"{source['images']:,} pictures of {_shape(condensed.images)} in {condensed.classes} classes became {n:,} "
+        f"{source['images']:,} images of {_shape(condensed.images)} in {condensed.classes} classes became {n:,} "
         f"({n / source['images']:.2%}){tiles}.",
         f"{made['steps']:,} steps in {made['seconds']:.0f} s on {condenser.device}; matching loss {begin:.4g} at the "
         f"beginning, {end:.4g} at the end.",
@@ -353,7 +353,7 @@ def _test_source(record: dict[str, Any], test: str | None, split: str | None) ->
     if split is None and "test" in split_names(found):
         found["split"] = "test"
     if found == source:
-        raise ValueError(f"--test {test} is what was condensed; give other pictures, or --test-split")
+        raise ValueError(f"--test {test} is what was condensed; give other images, or --test-split")
     return found
 
 
