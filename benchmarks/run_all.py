@@ -20,6 +20,7 @@ SCRIPTS = (
     ("figure_3_2", True),
     ("step_time", True),
     ("mixup", True),
+    ("mixup_text", True),
     ("kvzip_quality", False),
     ("kvzip_variants", False),
     ("kvzip_speed", False),
@@ -35,6 +36,7 @@ SCRIPTS = (
     ("relation_speed", True),
     ("condense", True),
     ("condense_speed", True),
+    ("endurance", False),
 )
 
 

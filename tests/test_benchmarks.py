@@ -25,7 +25,8 @@ NAMES = (
     "comixup_time",
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
-    *("relation_speed", "mixup_methods", "mixup", "condense_data", "condense", "condense_speed"),
+    *("relation_rounds", "relation_speed", "mixup_methods", "mixup", "mixup_text"),
+    *("condense_data", "condense", "condense_speed"),
     *("ccm_tasks", "ccm_methods", "ccm", "ccm_speed", "ccm_stream"),
 )
 
@@ -279,6 +280,12 @@ def test_relation_after_cleaning(run):
     assert cell["clean"]["wrong"] == 0 < cell["find_issues, drop"]["wrong"] < cell["noisy"]["wrong"] / 2
     assert cell["find_issues, relabel"]["kept"] == 1 > cell["find_issues, drop"]["kept"] > 0.85
     assert all(value["accuracy"] > 90 for value in cell.values())
+
+
+def test_mixup_text_counts_as_the_others_do(scripts):
+    text = scripts["mixup_text"]
+    assert len(text.PLAN) == len(text.SIZES) * len(text.METHODS) * 3
+    assert text.key_of((500, "plain", 2)) == "500 sentences, plain, seed 2"
 
 
 def test_relation_rounds(run):
