@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..chat import encode
+from ..chat import continued, encode
 from .rows import Query, at_least_one, ccm_row
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _mapped(
         return ids
 
     def query_of(asked: str, answer: str) -> Query:
-        return Query(encode(tokenizer, asked), [*_continued(tokenizer, answer), *end])
+        return Query(encode(tokenizer, asked), [*continued(tokenizer, answer), *end])
 
     def steps_of(parts: list[str], between: list[tuple[str, str] | None]) -> list[list[int] | Query]:
         """Nothing if the row is too long even with one context."""
@@ -303,13 +303,6 @@ def _member(pair: Any, key: str, column: str) -> str:
     if not isinstance(pair, dict) or key not in pair:
         raise TypeError(f'{column!r} holds {pair!r} where a {{"input": .., "output": ..}} belongs; make it one')
     return _text(pair[key], f"{column}.{key}")
-
-
-def _continued(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a text that goes on another one; alone, SentencePiece would put a space of its own before it."""
-    mark = encode(tokenizer, ":")
-    whole = encode(tokenizer, f":{text}")
-    return whole[len(mark) :] if whole[: len(mark)] == mark else encode(tokenizer, text)
 
 
 def _length(pairs: Sequence[tuple[Sequence[int], Query | None]]) -> int:

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..attention import switch_attention
-from ..chat import Chat, encode
+from ..chat import Chat, continued
 from ..decoder import changing_rope_limit, check_decoder, forward, input_device
 from .layers import PackedLayer, ScoringLayer, SlidingState
 
@@ -149,7 +149,7 @@ def reconstruct(
 
 def repeat_prompt(tokenizer: PreTrainedTokenizerBase, chat: Chat, last: Sequence[int]) -> list[int]:
     """Ids that ask for the context, or for its part behind the tokens ``last``; the answer follows."""
-    ask = [*encode(tokenizer, REPEAT_PART), *last] if last else encode(tokenizer, REPEAT)
+    ask = [*continued(tokenizer, REPEAT_PART), *last] if last else continued(tokenizer, REPEAT)
     return [*ask, *chat.suffix]
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .. import decoder
 from ..attention import NAMES
-from ..chat import Chat, encode, render_ids, split_template
+from ..chat import Chat, continued, render_ids, split_template
 from ..reusable import GenerateCall, ReusableCache
 from . import build
 from .context import (
@@ -105,8 +105,8 @@ class KVzipCache(ReusableCache):
         build.check_model(inner)
         template_kwargs = dict(template_kwargs or {})
         chat = split_template(tokenizer, **template_kwargs)
-        start = [*chat.prefix, *(encode(tokenizer, instruction + "\n\n") if instruction else ())]
-        ids = (*start, *encode(tokenizer, context))
+        start = [*chat.prefix, *(chat.first(tokenizer, instruction + "\n\n") if instruction else ())]
+        ids = (*start, *(continued if instruction else chat.first)(tokenizer, context))
         scores = None
         if head_scores is not None:
             scores = read_head_scores(head_scores, inner, tokenizer)
@@ -221,10 +221,10 @@ class KVzipCache(ReusableCache):
             between = list(self._chat.between)
             if self._pending and between and self._pending[-1] == between[0]:
                 between = between[1:]  # the answer ended with the token that closes a turn
-            start = [*self._pending, *between, *encode(self.tokenizer, text)]
+            start = [*self._pending, *between, *continued(self.tokenizer, (self._chat.lead or "") + text)]
         else:
-            start = list(encode(self.tokenizer, "\n\n" + text))
-        return [*start, *self._chat.suffix, *(encode(self.tokenizer, answer_prefix) if answer_prefix else ())]
+            start = list(continued(self.tokenizer, "\n\n" + text))
+        return [*start, *self._chat.suffix, *(continued(self.tokenizer, answer_prefix) if answer_prefix else ())]
 
     def _own_rows(self, ids: Tensor) -> list[list[int]]:
         ids = ids if ids.ndim == 2 else ids.unsqueeze(0)
@@ -397,7 +397,7 @@ class KVzipCache(ReusableCache):
             raise ValueError("extend() with max_tokens needs keep_scores=True, to make room among the old pairs")
         self.restore()
         build.check_model(self.model)
-        ids, old = encode(self.tokenizer, text), len(state.ids)
+        ids, old = continued(self.tokenizer, text), len(state.ids)
         seen = old + len(ids)
         room = build.room(self.model, seen)
         layers = build.prefill_more(self.model, state.layers, old, ids, options.prefill_chunk, self._modules)
