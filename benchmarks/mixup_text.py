@@ -94,7 +94,8 @@ def measure(job: Job, folder: Path) -> tuple[common.Cell, float]:
 
 
 def report(run: common.Run, plan: tuple[Job, ...]) -> None:
-    rows = []
+    rows, ran = [], run.ran([key_of(job) for job in plan])
+    plan = tuple(job for job in plan if key_of(job) in run.cells)
     for size, method in dict.fromkeys(job[:2] for job in plan):
         cells = [run.cells[key_of(job)] for job in plan if job[:2] == (size, method)]
         plain = [run.cells.get(key_of((size, "plain", job[2]))) for job in plan if job[:2] == (size, method)]
@@ -111,8 +112,8 @@ def report(run: common.Run, plan: tuple[Job, ...]) -> None:
             ]
         )  # fmt: skip
     run.report(
-        f"Mean +- standard deviation over the seeds, which draw the sentences, too. Batches of {BATCH}, learning rate "
-        f"{RATE:g}, grids {GRIDS}; the last column is processor time over that of plain training.",
+        f"{ran} Mean +- standard deviation over the seeds, which draw the sentences, too. Batches of {BATCH}, learning "
+        f"rate {RATE:g}, grids {GRIDS}; the last column is processor time over that of plain training.",
         common.table(["trained on", "seeds", "error, %", "loss, nats", "calibration error, points", "time"], rows),
     )
 

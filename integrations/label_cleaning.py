@@ -13,8 +13,7 @@ import torch.distributed as dist
 from dataopt.core.artifacts import whole_file
 from dataopt.core.relation import Issues, find_issues
 from dataopt.core.relation.label_noise import MOST
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from dataopt.core.tensor_file import load_tensors, save_tensors
 from torch import Tensor, nn
 
 from .cleanable import CleanableDataset, check_map_style
@@ -221,8 +220,7 @@ class LabelCleaner:
         if processes()[0] == 0:
             snapshot.save(folder, self.half)
             if labels is not None and weights is not None:
-                with whole_file(folder / _DATA) as temporary:
-                    save_file({"labels": labels, "weights": weights}, temporary)
+                _save_data(folder / _DATA, labels, weights)
             frame = issues.to_pandas()
             frame.insert(0, "index", range(len(frame)))
             with whole_file(folder / _TABLE) as temporary:  # last: where it is, the folder is complete
@@ -308,14 +306,18 @@ def _schedule(epochs: Any) -> tuple[int | None, frozenset[int]]:
     raise ValueError(f"epochs={epochs!r} must be a positive number, a list of them, or 'last'")
 
 
+def _save_data(path: Path, labels: Tensor, weights: Tensor) -> None:
+    save_tensors(path, {"labels": labels, "weights": weights}, {})
+
+
 def _read_data(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        data = load_file(path)
-        return data["labels"], data["weights"]
-    except (SafetensorError, OSError, KeyError) as e:
+        data, _ = load_tensors(path)
+    except ValueError as e:
         raise ValueError(
-            f"{path} is missing or damaged ({type(e).__name__}); resume from an earlier checkpoint, or start again"
+            f"{path} is missing or damaged ({e}); resume from an earlier checkpoint, or start again"
         ) from e
+    return data["labels"], data["weights"]
 
 
 def _from_first(value: Any) -> Any:

@@ -235,7 +235,11 @@ class Mixing:
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.seed, self.step = int(state["seed"]), int(state["step"])
+        """Raises ValueError where the state holds no seed and step."""
+        values: Any = [state.get(name) if isinstance(state, dict) else None for name in ("seed", "step")]
+        if not all(isinstance(v, int) and 0 <= v < 1 << 63 for v in values):
+            raise ValueError(f"state={state!r:.80} holds no seed and step of mixing; resume from another checkpoint")
+        self.seed, self.step = values
 
 
 def batch_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from dataopt.core.artifacts import whole_file
 from dataopt.core.relation import RelationGraph
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from dataopt.core.tensor_file import load_tensors, save_tensors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -46,8 +44,7 @@ class Snapshot:
         """Write ``snapshot.safetensors``; features and probabilities as float16 with ``half``."""
         dtype = torch.float16 if half else torch.float32
         tensors = {"features": self.features.to(dtype), "probs": self.probs.to(dtype), "labels": self.labels}
-        with whole_file(folder / _FILE) as temporary:
-            save_file(tensors, temporary, {**_MARK, "epoch": str(self.epoch)})
+        save_tensors(folder / _FILE, tensors, {**_MARK, "epoch": str(self.epoch)})
 
     def graph(self, **settings: Any) -> RelationGraph:
         """The relation graph at this moment; ``settings`` for :class:`RelationGraph`."""
@@ -85,13 +82,12 @@ def read_snapshots(out_dir: str | Path) -> Iterator[Snapshot]:
         raise ValueError(f"out_dir={str(out_dir)!r} holds no snapshots; give the folder of a label cleaning callback")
     for path in found:
         try:
-            with safe_open(path, "pt") as file:
-                mark = file.metadata() or {}
-                if {key: mark.get(key) for key in _MARK} != _MARK:
-                    raise ValueError(f"{path} is no snapshot that this dataopt reads; make it again")
-                yield Snapshot(int(mark["epoch"]), *(file.get_tensor(x) for x in ("features", "probs", "labels")))
-        except (SafetensorError, OSError, KeyError) as e:
-            raise ValueError(f"{path} is missing or damaged ({type(e).__name__}); make the snapshot again") from e
+            tensors, mark = load_tensors(path)
+        except ValueError as e:
+            raise ValueError(f"{path} is missing or damaged ({e}); make the snapshot again") from e
+        if {key: mark.get(key) for key in _MARK} != _MARK:
+            raise ValueError(f"{path} is no snapshot that this dataopt reads; make it again")
+        yield Snapshot(int(mark["epoch"]), *(tensors[x] for x in ("features", "probs", "labels")))
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arguments import check_flags, check_numbers, check_strings, check_tensors
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -194,10 +196,15 @@ def layout(
             their segment, or a bad option.
     """
     check_options(mode, positions, ema, slots)
+    check_flags(recurrent=recurrent)
+    check_tensors(segment_ids=segment_ids, comp_slot=comp_slot)
     if segment_ids.shape != comp_slot.shape or segment_ids.ndim != 2:
         raise ValueError(
             f"segment_ids {tuple(segment_ids.shape)} and comp_slot {tuple(comp_slot.shape)} must both be (B, L)"
         )
+    for name, ids in (("segment_ids", segment_ids), ("comp_slot", comp_slot)):
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"{name} holds {ids.dtype}; give integers")
     segment_ids, comp_slot = segment_ids.long(), comp_slot.long()
     rank = _ranks(segment_ids)
     _check_slots(segment_ids, comp_slot, slots)
@@ -256,6 +263,8 @@ def merge_rate(step: int, ema: float | None = None) -> float:
 
 def check_options(mode: str, positions: str, ema: float | None, slots: int) -> None:
     """Raises ValueError for the first that is wrong."""
+    check_strings(mode=mode, positions=positions)
+    check_numbers(ema=1 if ema is None else ema)
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} must be one of {', '.join(map(repr, MODES))}")
     if positions not in POSITIONS:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_flags, check_generator, check_numbers, check_tensors
+
 Draw = Mapping[str, Tensor]  # what Augment.draw returns; each value has one row for all images, or one for each
 
 
@@ -50,10 +52,16 @@ class Augment:
     rotate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_flags(colour=self.colour, flip=self.flip)
+        check_numbers(cutout=self.cutout, scale=self.scale, rotate=self.rotate)
+        if isinstance(self.crop, tuple) and len(self.crop) != 2:
+            raise ValueError(f"crop={self.crop!r:.80} must be a share, or one of height and one of width")
+        for share in self._crop():
+            check_numbers(crop=share)
         for name, value in (("crop", max(self._crop())), ("crop", min(self._crop())), ("cutout", self.cutout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a share of the image, in [0, 1)")
-        if not self.scale >= 1:
+        if not 1 <= self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} must be at least 1, which is off")
         if not 0 <= self.rotate <= 180:
             raise ValueError(f"rotate={self.rotate} must be degrees from 0, which is off, to 180")
@@ -112,6 +120,10 @@ class Augment:
             draw: parameters from :meth:`draw`, with 1 or B rows; None draws.
             generator, siamese: for ``draw=None``; siamese changes all images alike.
         """
+        check_tensors(x=x)
+        check_generator(generator)
+        if x.ndim != 4 or not x.numel() or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating (B, C, H, W)")
         if draw is None:
             draw = self.draw(1 if siamese else len(x), (x.shape[2], x.shape[3]), generator)
         for name, value in draw.items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_channel_numbers, check_label_names, check_strings, check_tensors
 from . import files
 from .formation import MultiFormation
 from .real import normalise
@@ -48,6 +49,8 @@ class Condensed:
     label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_tensors(images=self.images, labels=self.labels)
+        check_strings(mode=self.mode)
         x, y = self.images, self.labels
         if x.ndim != 4 or not x.numel() or x.dtype != torch.float32:
             raise ValueError(f"images is {x.dtype} of shape {tuple(x.shape)}; give (n, C, H, W) float32")
@@ -60,9 +63,10 @@ class Condensed:
             raise ValueError(f"mode={self.mode!r} must be 'single' or 'multi'")
         self.formation.check((x.shape[2], x.shape[3]))
         for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None and (len(value) != x.shape[1] or not all(v > 0 or name == "mean" for v in value)):
-                raise ValueError(f"{name}={value} must have one number a channel ({x.shape[1]}), std above 0")
+            check_channel_numbers(name, getattr(self, name), x.shape[1])
+        if not isinstance(self.made, dict):
+            raise TypeError(f"made is a {type(self.made).__name__}; give a dict")
+        check_label_names(self.label_names)
         if self.label_names is not None and len(self.label_names) <= int(y.max()):
             raise ValueError(f"label_names has {len(self.label_names)} names for labels up to {int(y.max())}")
 

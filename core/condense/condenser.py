@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_label_names, check_numbers, check_strings, check_whole
 from .augment import Augment, without_cutout
 from .checkpoint import Checkpoints
 from .condensed import Condensed
@@ -38,6 +39,7 @@ _CHOICES = {
     "axes": AXES, "formation": MODES, "metric": METRICS, "layers": LAYERS, "objective": ("gradients", "features"),
     "match": ("real", "synthetic"), "init": INITS, "optimiser": ("adam", "sgd"), "sampler": ("random", "kmeans"),
 }  # fmt: skip
+_OPEN = ("repeats", "inner", "network_steps")  # None takes the preset's
 _LOOSE = ("steps", "checkpoint_every", "device", "compile")  # what a resumed run may change
 
 
@@ -141,11 +143,13 @@ class Condenser:
     initial: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_strings(preset=self.preset)
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices and not (value is None and name in ("init", "optimiser")):
+            left = value is None and name in ("init", "optimiser")
+            if not left and not (isinstance(value, str) and value in choices):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
         if self.factor != "auto":
             MultiFormation(self.factor, self.axes)  # type: ignore[arg-type]
@@ -156,14 +160,22 @@ class Condenser:
         least |= dict.fromkeys(("network_steps", "early_steps", "factor_steps", "bank_bytes"), 0)
         for name, low in least.items():
             value = getattr(self, name)
-            if value is None or isinstance(value, str):
+            if (value is None and name in _OPEN) or (isinstance(value, str) and name == "network_steps"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value} must be a whole number of at least {low}")
         for name in ("lr", "network_lr"):
             value = getattr(self, name)
+            if value is not None:
+                check_numbers(**{name: value})
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0")
+        if not isinstance(self.factors, list | tuple) or not self.factors:
+            raise ValueError(f"factors={self.factors!r:.80} must be a tuple of whole numbers")
+        for factor in self.factors:
+            check_whole(factors=factor)
+        check_numbers(cutmix=self.cutmix)
+        check_whole(seed=self.seed)
         if not 0 <= self.cutmix <= 1:
             raise ValueError(f"cutmix={self.cutmix} must be a probability")
         free = self.network_steps == "free"
@@ -174,7 +186,8 @@ class Condenser:
             )
         if not free and isinstance(self.network_steps, str):
             raise ValueError(f"network_steps={self.network_steps!r} must be a number of steps or 'free'")
-        if isinstance(self.augment, str) and self.augment != "auto":
+        known = isinstance(self.augment, Augment | None)
+        if not known and not (isinstance(self.augment, str) and self.augment == "auto"):
             raise ValueError(f"augment={self.augment!r} must be an Augment, None or 'auto'")
 
     def fit(
@@ -209,6 +222,7 @@ class Condenser:
         data = RealData(images, labels, mean=self.mean, std=self.std, device=self.device, dtype=dtype)
         if settings.lr is None:
             settings.lr = _released_rate(self.images_per_class, data.size)
+        check_label_names(label_names)
         if label_names is not None and len(label_names) != data.classes:
             empty = label_names[data.classes :]
             what = f": {empty[0]!r} has no image; leave it out" if empty else ""

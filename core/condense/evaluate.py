@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_whole
 from .augment import Augment, without_cutout
 from .condensed import Condensed
 from .formation import MultiFormation
@@ -132,6 +133,14 @@ def evaluate(
         ValueError: ``train`` is not what the set was condensed from; another argument outside its range.
     """
     _check(seeds, steps, epochs, baselines)
+    if not isinstance(condensed, Condensed):
+        raise TypeError(f"condensed is a {type(condensed).__name__}; give a Condensed")
+    for name, pair in (("train", train), ("test", test)):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise TypeError(f"{name} is a {type(pair).__name__}; give the pair (images, labels)")
+    functions = list(model_fn.values()) if isinstance(model_fn, Mapping) else [model_fn]
+    if not all(map(callable, functions)):
+        raise TypeError(f"model_fn={model_fn!r:.80} must be a function that makes a network, or several by name")
     if not isinstance(model_fn, Mapping):
         model_fn = {type(fresh(model_fn, torch.Generator().manual_seed(0))).__name__: model_fn}
     fns = dict(model_fn)
@@ -181,6 +190,12 @@ def evaluate(
 
 
 def _check(seeds: Sequence[int], steps: int, epochs: int | None, baselines: Sequence[str]) -> None:
+    for name, several in (("seeds", seeds), ("baselines", baselines)):
+        if not isinstance(several, Sequence) or isinstance(several, str | bytes):
+            raise TypeError(f"{name}={several!r:.80} is a {type(several).__name__}; give a list")
+    for seed in seeds:
+        check_whole(seeds=seed)
+    check_whole(steps=steps, epochs=1 if epochs is None else epochs)
     if not len(seeds):
         raise ValueError("seeds is empty; give one seed for each network to train")
     if steps < 1 or (epochs is not None and epochs < 1):

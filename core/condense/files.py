@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..artifacts import write_whole
+from ..artifacts import alone_in, member, write_whole
 
 VERSION = 1
 
@@ -20,7 +20,7 @@ VERSION = 1
 def write(folder: Path, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Write ``name-*.safetensors``, then ``name.json``, which names it, then remove older tensors of that name.
 
-    A kill at any moment leaves the old pair or the new one.
+    A kill at any moment leaves the old pair or the new one, and so do several processes at once.
 
     Raises:
         OSError: the disk is full or the folder is read-only; what was there before stays.
@@ -30,12 +30,14 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor], record: dict[str,
     content = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"record": text})
     digest = hashlib.sha256(content).hexdigest()
     target = folder / f"{name}-{digest[:16]}.safetensors"
-    write_whole(target, content)
     files = {"file": target.name, "bytes": len(content), "sha256": digest}
-    write_whole(folder / f"{name}.json", json.dumps({"format": VERSION, "tensors": files, "record": record}, indent=1))
-    for old in folder.glob(f"{name}-*.safetensors"):
-        if old != target and _is_ours(old.name, name):
-            old.unlink()
+    about = json.dumps({"format": VERSION, "tensors": files, "record": record}, indent=1)
+    with alone_in(folder):
+        write_whole(target, content)
+        write_whole(folder / f"{name}.json", about)
+        for old in folder.glob(f"{name}-*.safetensors"):
+            if old != target and _is_ours(old.name, name):
+                old.unlink()
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,12 +50,13 @@ def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; give the folder that was saved to")
+    member(folder, path.name)
     try:
         content = json.loads(path.read_bytes())
         files, record = content["tensors"], content["record"]
         file, size, digest = files["file"], files["bytes"], files["sha256"]
         version = content["format"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(
             f"{path} is damaged or none of ours ({type(e).__name__}: {e}); save or download it again"
         ) from e
@@ -66,6 +69,7 @@ def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     target = folder / file
     if not target.is_file():
         raise ValueError(f"{folder} lacks {file}, which {path.name} names; download it again")
+    member(folder, file)
     if target.stat().st_size != size:
         raise ValueError(f"{target} has {target.stat().st_size} bytes where {path.name} says {size}; download it again")
     with target.open("rb") as opened:
@@ -76,9 +80,9 @@ def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         with safe_open(target, "pt") as tensors:
-            stored = json.loads((tensors.metadata() or {})["record"])
+            stored = dict(json.loads((tensors.metadata() or {})["record"]))
             out = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{target} is damaged ({type(e).__name__}: {e}); download it again") from e
     for key in sorted(stored.keys() | record.keys()):
         if stored.get(key) != record.get(key):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_strings, check_tensors, check_whole
+
 AXES = ("space", "time")
 MODES = ("single", "multi", "bound")
 
@@ -45,6 +47,8 @@ class MultiFormation(nn.Module):
         super().__init__()
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
             raise ValueError(f"factor={factor!r} must be a whole number from 1")
+        check_strings(axes=axes, mode=mode)
+        check_whole(bound=bound)
         if axes not in AXES:
             raise ValueError(f"axes={axes!r} must be one of {', '.join(AXES)}")
         if mode not in MODES:
@@ -83,8 +87,11 @@ class MultiFormation(nn.Module):
         Raises:
             ValueError: another shape, or a factor larger than the image.
         """
-        if s.ndim != 4:
+        check_tensors(s=s)
+        if s.ndim != 4 or not s.shape[1:].numel():
             raise ValueError(f"s has the shape {tuple(s.shape)}; give (n, C, H, W)")
+        if not s.is_floating_point():
+            raise TypeError(f"s holds {s.dtype}; give floating values")
         self.check(s.shape[2:])
         out, start = [], 0
         for factors, n in self._parts(len(s)):
@@ -105,8 +112,11 @@ class MultiFormation(nn.Module):
             (n, C, H, W).
         """
         k = self.tiles(self.factor)
-        if images.ndim != 4 or len(images) % k:
+        check_tensors(images=images)
+        if images.ndim != 4 or len(images) % k or not images.numel():
             raise ValueError(f"images has the shape {tuple(images.shape)}; give (n * {k}, C, H, W)")
+        if not images.is_floating_point():
+            raise TypeError(f"images holds {images.dtype}; give floating values")
         self.check(images.shape[2:])
         groups = images.unflatten(0, (-1, k))
         out = torch.empty_like(groups[:, 0])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_tensors, check_whole
 from .augment import Augment
 from .formation import MultiFormation
 from .matching import inputs_of, last_linear
@@ -85,6 +86,14 @@ def herding_rows(
 
 def herd(features: Tensor, count: int) -> Tensor:
     """(count,) rows of (n, d) features, greedily so that the mean of those chosen stays close to the mean of all."""
+    check_tensors(features=features)
+    check_whole(count=count)
+    if features.ndim != 2 or not features.numel() or not features.is_floating_point():
+        raise ValueError(f"features is {features.dtype} of shape {tuple(features.shape)}; give floating (n, d)")
+    if not bool(features.isfinite().all()):
+        raise ValueError("features holds NaN or infinity; remove or recompute such rows")
+    if not 0 <= count <= len(features):
+        raise ValueError(f"count={count} must lie in [0, {len(features)}], the rows that there are to choose from")
     mean, total = features.mean(0), torch.zeros_like(features[0])
     left = torch.ones(len(features), dtype=torch.bool, device=features.device)
     chosen = []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..arguments import check_tensors
 from .networks import ConvNet
 
 METRICS = ("mse", "l1", "cosine")
@@ -31,6 +32,16 @@ def distance(synthetic: Sequence[Tensor], real: Sequence[Tensor], metric: str = 
     Returns:
         (C,).
     """
+    for name, tensors in (("synthetic", synthetic), ("real", real)):
+        if not isinstance(tensors, list | tuple) or not tensors:
+            raise TypeError(f"{name} is a {type(tensors).__name__} or empty; give a list with a tensor for each layer")
+        for tensor in tensors:
+            check_tensors(**{name: tensor})
+    if [s.shape for s in synthetic] != [r.shape for r in real] or synthetic[0].ndim < 2:
+        raise ValueError(
+            f"synthetic has tensors of {[tuple(s.shape) for s in synthetic]}, real of "
+            f"{[tuple(r.shape) for r in real]}; give the same shapes (C, ...)"
+        )
     total = synthetic[0].new_zeros(len(synthetic[0]))
     for s, r in zip(synthetic, real, strict=True):
         if metric == "mse":

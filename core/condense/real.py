@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_channel_numbers
 from ..relation.checks import as_tensor, chunks
 
 CANDIDATES = 1000  # images of a class that clustering and herding look at
@@ -45,15 +46,18 @@ class RealData:
         self.images, self.labels = _images(images), as_tensor(labels, "labels")
         _check_labels(self.labels, len(self.images))
         self.labels = self.labels.long().cpu()
-        self.rows = [(self.labels == c).nonzero().squeeze(1) for c in range(int(self.labels.max()) + 1)]
-        empty = [c for c, rows in enumerate(self.rows) if not len(rows)]
-        if empty and complete:
+        seen = self.labels.unique()
+        if complete and len(seen) <= int(seen[-1]):  # before a list as long as the largest label says
+            empty = int((seen != torch.arange(len(seen))).nonzero()[0])
             raise ValueError(
-                f"labels has no image of class {empty[0]} though it goes up to {len(self.rows) - 1}; every class needs "
-                "one image or more: number the classes that there are from 0"
+                f"labels has no image of class {empty} though it goes up to {int(seen[-1])}; every class needs one "
+                "image or more: number the classes that there are from 0"
             )
+        self.rows = [(self.labels == c).nonzero().squeeze(1) for c in range(int(self.labels.max()) + 1)]
         self.device = self.images.device if device is None else torch.device(device)
         self.dtype = dtype
+        for name, value in (("mean", mean), ("std", std)):
+            check_channel_numbers(name, value, self.shape[0])
         found = _moments(self.images) if mean is None or std is None else (mean, std)
         self.mean, self.std = (tuple(float(v) for v in found[i] if v is not None) for i in (0, 1))
         if len(self.mean) != self.shape[0] or len(self.std) != self.shape[0] or min(self.std) <= 0:

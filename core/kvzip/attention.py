@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..arguments import check_flags, check_numbers, check_tensors
 from .packed import PackedHeads
 
 # Private to torch; where a version lacks it, attention is computed in blocks.
@@ -40,6 +43,9 @@ def attention(
     Returns:
         (B, Hq, Q, dv) like q, and (B, Hq, Q) float32, -inf where a query sees nothing (its output is 0).
     """
+    _check(q, k, v, mask)
+    check_scale(scale, softcap)
+    check_flags(causal=causal)
     if k.shape[2] == 0:
         shape = q.shape[:3]
         return q.new_zeros(*shape, v.shape[-1]), q.new_full(shape, -torch.inf, dtype=torch.float32)
@@ -56,6 +62,36 @@ def attention(
             seen if mask is None else (mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf))
         )
     return _in_blocks(q, k, v, scale, mask, softcap)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Shapes that do not go together end in a segmentation fault inside the fused operator."""
+    check_tensors(q=q, k=k, v=v)
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+    fits = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
+    if not fits or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes} must be (B, Hq, Q, d), (B, H, K, d) and (B, H, K, dv), Hq a multiple of H")
+    if not (q.numel() and v.shape[3]):
+        raise ValueError(f"{shapes} hold nothing; give at least one query")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; give one floating type")
+    if mask is None:
+        return
+    check_tensors(mask=mask)
+    full = (*q.shape[:3], k.shape[2])
+    if mask.ndim != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
+        raise ValueError(f"mask has the shape {tuple(mask.shape)}; give one that expands to {full}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask is {mask.dtype}; give bool, True where a key is seen, or floating values to add")
+
+
+def check_scale(scale: float, softcap: float | None) -> None:
+    """Raise for a scale or a softcap that would make every score NaN."""
+    check_numbers(scale=scale, softcap=1 if softcap is None else softcap)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be above 0 and finite; None is off")
 
 
 def _fused(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import check_strings, check_tensors, check_whole
+
 BUDGETS = ("global", "layer", "uniform")
 
 
@@ -32,6 +34,19 @@ def pair_selection(
         ValueError: an unknown budget, or a ratio outside (0, 1].
     """
     check_ratio(ratio)
+    check_whole(total=total)
+    if not isinstance(scores, list | tuple) or not isinstance(counts, list | tuple) or len(scores) != len(counts):
+        raise ValueError(f"scores {scores!r:.40} and counts {counts!r:.40} must be lists with one entry for each layer")
+    for s, c in zip(scores, counts, strict=True):
+        check_tensors(scores=s)
+        whole = isinstance(c, list | tuple) and all(type(n) is int and n >= 0 for n in c)
+        if not whole or s.shape != (sum(c),) or not s.is_floating_point():
+            raise ValueError(f"counts={c!r:.80} must be the pairs of each head, {tuple(s.shape)} scores in all")
+    if not scores or total < 0:
+        raise ValueError(
+            f"scores has {len(scores)} layers and total={total}; give one layer or more, and tokens from 0"
+        )
+    check_strings(budget=budget)
     if budget not in BUDGETS:
         raise ValueError(f"budget={budget!r} must be one of {', '.join(BUDGETS)}")
     heads = sum(len(c) for c in counts)
@@ -68,11 +83,17 @@ def head_selection(scores: Tensor, ratio: float) -> Tensor:
         (L, H) bool with exactly ``round(ratio * L * H)`` True.
     """
     check_ratio(ratio)
+    check_tensors(scores=scores)
+    if scores.ndim != 2 or not scores.is_floating_point() or scores.isnan().any():
+        raise ValueError(f"scores is {scores.dtype} of shape {tuple(scores.shape)}; give floating (L, H) without NaN")
     return highest(scores.flatten(), round(ratio * scores.numel())).view_as(scores)
 
 
 def recent_window(length: int, recent: int, device: torch.device | str = "cpu") -> Tensor:
     """(length,) bool, True on the last ``recent`` positions: what a head keeps that lost its context."""
+    check_whole(length=length, recent=recent)
+    if length < 0:
+        raise ValueError(f"length={length} must be at least 0")
     return torch.arange(length, device=device) >= length - recent
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensors, check_whole
 from .quantise import Quantised
 
 
@@ -44,6 +45,20 @@ class PackedHeads:
             prefix: see the class.
             scores: (H, n) float32, to be kept too.
         """
+        check_tensors(keys=keys, values=values, keep=keep)
+        check_whole(prefix=prefix)
+        fits = keys.ndim == values.ndim == 3 and keys.shape[:2] == values.shape[:2] == keep.shape
+        if not fits or keep.dtype != torch.bool:
+            raise ValueError(
+                f"keys {tuple(keys.shape)}, values {tuple(values.shape)} and keep {tuple(keep.shape)} {keep.dtype} "
+                "must be (H, n, d), (H, n, dv) and (H, n) bool"
+            )
+        if prefix < 0:
+            raise ValueError(f"prefix={prefix} must be at least 0")
+        if scores is not None:
+            check_tensors(scores=scores)
+            if scores.shape != keep.shape:
+                raise ValueError(f"scores has the shape {tuple(scores.shape)}; give {tuple(keep.shape)}, as keep has")
         keep = keep.to(keys.device)
         lengths = tuple(keep.sum(1).tolist())
         return cls(keys[keep], values[keep], lengths, prefix, None if scores is None else scores[keep])
@@ -99,6 +114,9 @@ class PackedHeads:
         Args:
             keep: (N,) bool, True on the prefix.
         """
+        check_tensors(keep=keep)
+        if keep.shape != (len(self.keys),) or keep.dtype != torch.bool:
+            raise ValueError(f"keep is {keep.dtype} of shape {tuple(keep.shape)}; give ({len(self.keys)},) bool")
         lengths = tuple(int(part.sum()) for part in keep.split(list(self.lengths)))
         scores = None if self.scores is None else self.scores[keep]
         return replace(self, keys=self.keys[keep], values=self.values[keep], lengths=lengths, scores=scores)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensors, check_whole
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -36,9 +38,15 @@ class Quantised:
         Raises:
             ValueError: other bits, a group that does not divide d, or values beyond float16.
         """
+        check_tensors(x=x)
+        check_whole(bits=bits, group=group)
         if bits not in (4, 8):
             raise ValueError(f"bits={bits} must be 8 or 4, or None to keep the model's precision")
-        if x.shape[1] % group:
+        if x.ndim != 2 or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating (N, d)")
+        if bits == 4 and x.shape[1] % 2:
+            raise ValueError(f"x has {x.shape[1]} columns; 4 bits store them in pairs, so give an even number")
+        if group < 1 or not x.shape[1] or x.shape[1] % group:
             raise ValueError(f"group={group} must divide the head size {x.shape[1]}")
         grouped = x.float().unflatten(1, (-1, group))
         low, high = grouped.aminmax(dim=-1) if len(x) else (grouped[..., 0], grouped[..., 0])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_tensors
+from .attention import check_scale
+
 BLOCK = 1 << 20  # score entries that are held at once
 
 
@@ -25,6 +28,15 @@ def pair_scores(q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float 
     Returns:
         (H, m) float32, at most 0 where the keys are among those of the log-sum-exp.
     """
+    check_tensors(q=q, k=k, lse=lse)
+    check_scale(scale, softcap)
+    fits = q.ndim == k.ndim == 3 and lse.shape == q.shape[:2] and q.shape[2] == k.shape[2] and q.numel() and k.numel()
+    if not fits or q.shape[0] % k.shape[0] or q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype} and lse {tuple(lse.shape)} must be floating "
+            "(Hq, n, d), (H, m, d) and (Hq, n), Hq a multiple of H"
+        )
+    q, k, lse = q.detach(), k.detach(), lse.detach().float()
     heads, m, d = k.shape
     rows = q.reshape(heads, -1, d)
     lse = lse.reshape(heads, -1, 1)

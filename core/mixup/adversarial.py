@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..arguments import check_generator, check_numbers, check_tensors
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,14 @@ class Adversarial:
     std: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(p=self.p, eps=self.eps, step=self.step)
         if not 0 <= self.p <= 1:
             raise ValueError(f"p={self.p} is a probability; give a value in [0, 1]")
         for name in ("eps", "step"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 10/255 is the thesis' eps")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must not be negative or infinite; 10/255 is the thesis' eps"
+                )
 
     def start(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Noise]:
         """Draw who is perturbed, and the inputs on which to take the gradient.
@@ -64,6 +70,10 @@ class Adversarial:
         Returns:
             (inputs, noise): ``x`` itself where nothing is drawn.
         """
+        check_tensors(x=x)
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; give floating inputs")
+        check_generator(generator)
         draw = torch.rand(2, generator=generator)
         on = (bool(draw[0] < self.p), bool(draw[0 if self.shared_draw else 1] < self.p))
         if not any(on):

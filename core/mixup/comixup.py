@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_numbers, check_strings, check_tensors
 from .grid import Grid, as_image, pool, resolve_grid
 from .mixed import check_constructor, draw_rng, one_hot, regions
 from .saliency import check_batch, check_saliency
@@ -56,7 +57,8 @@ class CoMixed:
             ValueError: another batch size, or sides that the grid does not divide.
         """
         line = self.inputs.ndim == 3
-        if len(t) != self.sources.shape[1] or t.ndim < (2 if line else 3):
+        check_tensors(t=t)
+        if t.ndim < (2 if line else 3) or len(t) != self.sources.shape[1] or not t.numel():
             raise ValueError(
                 f"t has shape {tuple(t.shape)}; give ({self.sources.shape[1]}, ..., {'L' if line else 'H, W'}) aligned "
                 "with the inputs"
@@ -130,18 +132,21 @@ class CoMixup:
         restarts: int = 1,
         threshold: str = "hard",
     ):
-        check_constructor(num_classes, alpha)
+        check_numbers(alpha=alpha)
+        check_strings(threshold=threshold)
+        check_numbers(beta=beta, gamma=gamma, eta=eta, tau=tau, omega=omega)
         if not 0 < alpha < math.inf:
             raise ValueError(
                 f"alpha={alpha} leaves the Dirichlet prior undefined; give a positive number, 2.0 in the thesis"
             )
+        check_constructor(num_classes, alpha)
         for name, value in (("beta", beta), ("gamma", gamma), ("eta", eta), ("tau", tau)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be finite and not negative")
         if not 0 <= omega <= 1:
             raise ValueError(f"omega={omega} must lie in [0, 1]; 0.001 in the thesis")
         for name, count in (("partition", partition), ("outputs", outputs), ("n_iter", n_iter), ("restarts", restarts)):
-            if count is not None and (not isinstance(count, int | np.integer) or count < 1):
+            if not (name == "outputs" and count is None) and (not isinstance(count, int | np.integer) or count < 1):
                 raise ValueError(f"{name}={count} must be a whole number of at least 1")
         if threshold not in THRESHOLDS:
             raise ValueError(f"threshold={threshold!r} is unknown; choose one of {', '.join(THRESHOLDS)}")
@@ -243,7 +248,10 @@ class CoMixup:
 
 
 def _shares_given(lam: Tensor, batch: int) -> np.ndarray:
-    share = torch.as_tensor(lam, dtype=torch.float64).cpu().numpy()
+    try:
+        share = torch.as_tensor(lam, dtype=torch.float64).detach().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"lam={lam!r:.80} must be a ({batch},) tensor of shares of at least 0") from e
     if share.shape != (batch,) or not (np.isfinite(share) & (share >= 0)).all():
         raise ValueError(f"lam has shape {share.shape}; give ({batch},) finite shares of at least 0")
     return share

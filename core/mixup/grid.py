@@ -49,10 +49,10 @@ def resolve_grid(grid: int | Grid, size: tuple[int, ...]) -> Grid:
     Raises:
         ValueError: the grid is not positive or does not divide the size.
     """
-    if isinstance(grid, Sequence):
-        rows, cols = grid
-    else:
-        rows, cols = (1, int(grid)) if len(size) == 1 else (int(grid), int(grid))
+    sides = list(grid) if isinstance(grid, Sequence) else [1 if len(size) == 1 else grid, grid]
+    if len(sides) != 2 or not all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in sides):
+        raise TypeError(f"grid={grid!r:.80} must be a whole number, or a pair of them (rows, cols)")
+    rows, cols = (int(n) for n in sides)
     height, width = size if len(size) == 2 else (1, *size)
     if rows < 1 or cols < 1 or height % rows or width % cols:
         side = math.gcd(height, width) if len(size) == 2 else width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_generator, check_numbers, check_tensors, check_whole
 from .grid import Grid
+
+_INDICES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ class Mixed:
         Raises:
             ValueError: another batch size, or sides that the regions of the mix do not divide.
         """
-        if len(t) != len(self.mask) or t.ndim < self.mask.ndim:
+        check_tensors(t=t)
+        if t.ndim < self.mask.ndim or len(t) != len(self.mask) or not t.numel():
             raise ValueError(
                 f"t has shape {tuple(t.shape)}; give ({len(self.mask)}, ..., H, W) aligned with the inputs"
             )
@@ -122,6 +127,7 @@ def one_hot(y: Tensor, num_classes: int, batch: int) -> Tensor:
     Raises:
         ValueError: wrong shape, ids outside 0..K-1, negative or non-finite weights.
     """
+    check_tensors(y=y)
     if y.ndim == 1 and len(y) == batch and not y.is_floating_point() and y.dtype != torch.bool:
         low, high = (int(v) for v in y.aminmax())
         if low < 0 or high >= num_classes:
@@ -142,6 +148,7 @@ def one_hot(y: Tensor, num_classes: int, batch: int) -> Tensor:
 
 def draw_rng(generator: torch.Generator | None) -> np.random.Generator:
     """A numpy generator seeded by one draw from ``generator`` (the default one if None)."""
+    check_generator(generator)
     return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
 
 
@@ -158,9 +165,14 @@ def resolve_partner(partner: Tensor | None, batch: int, rng: np.random.Generator
                 "or give partner="
             )
         return torch.from_numpy(rng.permutation(batch)).to(device)
-    partner = torch.as_tensor(partner, device=device)
-    if partner.shape != (batch,) or partner.is_floating_point() or partner.min() < 0 or partner.max() >= batch:
-        raise ValueError(f"partner has shape {tuple(partner.shape)}; give ({batch},) indices from 0 to {batch - 1}")
+    try:
+        partner = torch.as_tensor(partner, device=device)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"partner={partner!r:.80} is no tensor; give ({batch},) indices from 0 to {batch - 1}") from e
+    if partner.shape != (batch,) or partner.dtype not in _INDICES or partner.min() < 0 or partner.max() >= batch:
+        raise ValueError(
+            f"partner is {partner.dtype} of shape {tuple(partner.shape)}; give ({batch},) indices from 0 to {batch - 1}"
+        )
     return partner.long()
 
 
@@ -172,17 +184,22 @@ def resolve_lam(lam: float | Tensor | None, alpha: float, batch: int, rng: np.ra
     """
     if lam is None:
         lam = rng.beta(alpha, alpha) if alpha > 0 else 1.0
-    out = torch.as_tensor(lam, dtype=torch.float64).cpu()
+    try:
+        out = torch.as_tensor(lam, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"lam={lam!r:.80} must be a number in [0, 1] or a ({batch},) tensor of such numbers") from e
     if out.ndim > 1 or (out.ndim == 1 and len(out) != batch) or not bool(((out >= 0) & (out <= 1)).all()):
         raise ValueError(f"lam={lam} must be a number in [0, 1] or a ({batch},) tensor of such numbers")
     return out.expand(batch)
 
 
 def check_constructor(num_classes: int, alpha: float) -> None:
+    check_whole(num_classes=num_classes)
+    check_numbers(alpha=alpha)
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1")
-    if not alpha >= 0:
-        raise ValueError(f"alpha={alpha} must not be negative; 1.0 draws the share uniformly")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha={alpha} must not be negative or infinite; 1.0 draws the share uniformly")
 
 
 def regions(t: Tensor, rows: int, cols: int) -> Tensor:

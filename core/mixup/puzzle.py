@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_channels, check_numbers, check_strings, check_whole
 from .adversarial import Adversarial, Noise, unnormalise
 from .grid import Grid, as_image, mask_costs, pool, region_distances, resolve_grid
 from .labelling import check_solver, solve_mask
@@ -84,6 +85,13 @@ class PuzzleMix:
         std: Sequence[float] | None = None,
     ):
         check_constructor(num_classes, alpha)
+        check_numbers(beta=beta, gamma=gamma, eta=eta, transport_cost=transport_cost)
+        check_whole(labels=labels, neigh_size=neigh_size)
+        check_strings(data_term=data_term, solver=solver)
+        if transport_patch is not None:
+            check_whole(transport_patch=transport_patch)
+        if transport is not None:
+            check_strings(transport=transport)
         for name, value in (("beta", beta), ("eta", eta), ("transport_cost", transport_cost)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value} must be finite and not negative")
@@ -94,6 +102,8 @@ class PuzzleMix:
             )
         if labels < 2:
             raise ValueError(f"labels={labels} must be at least 2; 3 is the thesis' {{0, 1/2, 1}}")
+        if not isinstance(grids, Sequence) or isinstance(grids, str):
+            raise TypeError(f"grids={grids!r:.80} must be a sequence, for example (2, 4, 8, 16)")
         if not grids:
             raise ValueError("grids is empty; give at least one, for example (2, 4, 8, 16)")
         for name, size in (("neigh_size", neigh_size), ("transport_patch", transport_patch)):
@@ -104,8 +114,9 @@ class PuzzleMix:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is unknown; choose 'iterative', 'exact' or None")
         check_solver(solver)
-        if (mean is None) != (std is None):
-            raise ValueError(f"mean={mean} and std={std} go together; give both or neither")
+        if not isinstance(adversarial, Adversarial | None):
+            raise TypeError(f"adversarial={adversarial!r:.80} must be an Adversarial, or None")
+        check_channels(mean, std)
         self.num_classes = num_classes
         self.alpha = alpha
         self.beta = beta

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_numbers, check_tensors
+
 Forward = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -51,6 +53,7 @@ def input_gradient(
         Thesis section 3.4; Simonyan et al., "Deep inside convolutional networks", 2014.
     """
     check_batch(x)
+    check_numbers(resolution=resolution)
     if not 0 < resolution <= 1:
         raise ValueError(f"resolution={resolution} must lie in (0, 1]; 0.5 halves each side")
     small = x.detach()
@@ -115,7 +118,8 @@ def saliency(gradient: Tensor) -> Tensor:
     References:
         Thesis section 3.4, s(x); the released code's ``sqrt(mean_c g_c^2)``.
     """
-    if gradient.ndim not in (3, 4):
+    check_tensors(gradient=gradient)
+    if gradient.ndim not in (3, 4) or not gradient.numel():
         raise ValueError(f"gradient has shape {tuple(gradient.shape)}; give (B, C, H, W) or (B, C, L)")
     g = gradient.float()
     axes = tuple(range(1, g.ndim))
@@ -128,7 +132,8 @@ def saliency(gradient: Tensor) -> Tensor:
 
 def check_batch(x: Tensor) -> None:
     """Raise unless ``x`` is a finite floating batch (B, C, H, W) or (B, C, L)."""
-    if x.ndim not in (3, 4) or not x.is_floating_point():
+    check_tensors(x=x)
+    if x.ndim not in (3, 4) or not x.is_floating_point() or not x.numel():
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; give floating (B, C, H, W) or (B, C, L)")
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
@@ -141,13 +146,17 @@ def check_saliency(s: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: another shape than the inputs', negative or non-finite values, or a sample without any saliency.
     """
+    check_tensors(s=s)
     expected = (len(x), *x.shape[2:])
     if s.shape != expected:
         raise ValueError(f"s has shape {tuple(s.shape)}; give the saliency as {expected}")
     s = s.detach().to(x.device, torch.float32)
     if not bool((torch.isfinite(s) & (s >= 0)).all()):
         raise ValueError("s holds negative or non-finite values; saliency(gradient) guards against them")
-    if not bool((s.flatten(1).sum(1) > 0).all()):
+    total = s.flatten(1).sum(1)
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("s is so large that its sum overflows; normalise it, as saliency(gradient) does")
+    if not bool((total > 0).all()):
         raise ValueError("s is zero everywhere in some samples; give them the uniform map, as saliency(gradient) does")
     return s.unsqueeze(1) if s.ndim == 2 else s
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_numbers, check_whole
 from .checks import as_features, as_labels, as_probs, as_tensor, chunks
 from .pairs import unit
 
@@ -137,6 +138,7 @@ def react(features: Any, weight: Any, bias: Any, reference_features: Any, percen
     b = torch.zeros(len(w)) if bias is None else as_tensor(bias, "bias").cpu()
     if b.shape != (len(w),) or not b.isfinite().all():
         raise ValueError(f"bias of shape {tuple(b.shape)} must be {len(w)} finite numbers, one for each row of weight")
+    check_numbers(percentile=percentile)
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile={percentile} must lie in (0, 100]; the paper takes 90")
     ceiling = float(np.percentile(_array(reference), percentile))
@@ -217,6 +219,7 @@ def iterative_sampling(features: Any, size: int = 20, generator: torch.Generator
     Sugiyama and Borgwardt, Rapid distance-based outlier detection via sampling, NeurIPS 2013.
     """
     x = as_features(features)
+    check_whole(size=size)
     if not 2 <= size <= len(x):
         raise ValueError(f"size={size} must lie in [2, {len(x)}], the number of rows; the paper takes 20")
     drawn = torch.randperm(len(x), generator=generator)[:size]
@@ -267,6 +270,7 @@ def _same_width(x: Tensor, features: Tensor, name: str) -> Tensor:
 
 
 def _check_k(k: int, most: int) -> None:
+    check_whole(k=k)
     if not 1 <= k <= most:
         raise ValueError(f"k={k} must lie in [1, {most}], the rows that there are to compare with; give a smaller k")
 

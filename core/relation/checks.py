@@ -25,6 +25,8 @@ def as_tensor(x: Any, name: str) -> Tensor:
         TypeError: ``x`` is no tensor and no array of numbers.
     """
     if isinstance(x, Tensor):
+        if x.is_complex():
+            raise TypeError(f"{name} holds {x.dtype}; give a tensor or an array of real numbers")
         return x.detach()
     array = np.asanyarray(x)
     if array.dtype.kind not in "fiub":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_numbers
 from .checks import as_features, chunks
 from .pairs import unit
 
@@ -46,8 +47,9 @@ def near_duplicates(features: Any, threshold: float = 0.13, device: torch.device
     n = len(x)
     if n < 2:
         raise ValueError("features has one row; near-duplicates need two")
-    if not threshold >= 0:
-        raise ValueError(f"threshold={threshold} must be at least 0")
+    check_numbers(threshold=threshold)
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold={threshold} must be at least 0 and finite")
     place = x.device if device is None else torch.device(device)
     best, nearest = torch.full((n,), -2.0, device=place), torch.zeros(n, dtype=torch.int64, device=place)
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_flags, check_generator, check_numbers, check_strings, check_whole
 from . import label_noise as noise
-from .checks import as_features, as_labels, as_probs, chunks, warn_of_zero_rows
+from .checks import as_features, as_labels, as_probs, as_tensor, chunks, warn_of_zero_rows
 from .kernel import Kernel, power_
 from .outliers import check_subset, new_rows, outlier_scores, similarity_sums
 from .pairs import Pairs, Whitening, prepare, working
@@ -102,6 +103,10 @@ class RelationGraph:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
     ) -> None:
+        check_strings(kernel=kernel)
+        check_flags(compatibility=compatibility, whiten=whiten)
+        check_numbers(temperature=temperature, edge_cut=edge_cut)
+        check_generator(generator)
         self.kernel = Kernel(kernel, compatibility, float(temperature), edge_cut)
         on_disk = isinstance(features, np.memmap)
         features = as_features(features)
@@ -109,6 +114,8 @@ class RelationGraph:
         probs = as_probs(probs, rows=n)
         self.classes = probs.shape[1]
         self.labels = as_labels(labels, n, self.classes).cpu()
+        if block is not None:
+            check_whole(block=block)
         if block is not None and block < 1:
             raise ValueError(f"block={block} must be at least 1; None suits the device")
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -251,6 +258,7 @@ class RelationGraph:
         Raises:
             ValueError: ``top`` below 1. IndexError: a row that is not there.
         """
+        check_whole(top=top)
         if top < 1:
             raise ValueError(f"top={top} must be at least 1")
         index = self._index(rows)
@@ -274,6 +282,8 @@ class RelationGraph:
     def row(self, i: int) -> Tensor:
         """(n,) in the precision of the sums: relations r(i, j) of one row to all, eq. 5.1; 0 at i."""
         index = self._index(i)
+        if len(index) != 1:
+            raise ValueError(f"row={i!r:.80} must be one row number")
         place = self._place[index.to(self.device)].cpu().numpy()
         return -torch.from_numpy(self._edges(place)[0])[self._place.cpu()]
 
@@ -299,6 +309,8 @@ class RelationGraph:
         References:
             Thesis section 5.3.3.
         """
+        check_numbers(temperature=temperature)
+        check_generator(generator)
         kernel = replace(self.kernel, temperature=temperature)
         chosen = check_subset(subset, len(self), generator)
         if (features is None) != (probs is None):
@@ -313,7 +325,10 @@ class RelationGraph:
         return outlier_scores(similarity_sums(self.pairs, kernel, chosen, new, progress=self._progress))
 
     def _index(self, rows: int | Sequence[int] | Tensor) -> Tensor:
-        index = torch.as_tensor(rows, dtype=torch.int64).reshape(-1).cpu()
+        found = as_tensor(rows, "row")
+        if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
+            raise TypeError(f"row={rows!r:.80} holds {found.dtype}; give whole numbers")
+        index = found.long().reshape(-1).cpu()
         bad = (index < 0) | (index >= len(self))
         if bad.any():
             raise IndexError(f"row {int(index[bad][0])} is not among the {len(self)} rows (0 to {len(self) - 1})")
@@ -374,6 +389,7 @@ def _squares(x: Tensor) -> Tensor:
 def _parts(labels: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """(n,) part of each row: shuffled, then dealt out label by label."""
     n = len(labels)
+    check_numbers(partitions=count)
     if not 1 <= count <= n // 2 or count != int(count):
         raise ValueError(
             f"partitions={count} must be a whole number between 1 and {n // 2}, so that a part has two rows at least"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_features, as_probs, chunks, warn_of_zero_rows
+from .checks import as_features, as_probs, as_tensor, chunks, warn_of_zero_rows
 from .kernel import Kernel
 from .pairs import Pairs, Whitening, kernel_values, prepare, settled, unit
 from .sums import bar_of, pair_sums
@@ -150,7 +150,7 @@ def check_subset(subset: Subset, n: int, generator: torch.Generator | None) -> T
     if isinstance(subset, Real):
         number = float(subset)
         share = not isinstance(subset, Integral)
-        count = round(number * n if share else number) if number <= (1 if share else n) else 0
+        count = round(number * n if share else number) if 0 < number <= (1 if share else n) else 0
         if not 1 <= count <= n:
             raise ValueError(
                 f"subset={subset} must leave between 1 and {n} rows; give a share of at most 1, a whole number, or rows"
@@ -159,7 +159,10 @@ def check_subset(subset: Subset, n: int, generator: torch.Generator | None) -> T
             return None
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         return torch.randperm(n, generator=generator)[:count].sort().values
-    rows = torch.as_tensor(subset, dtype=torch.int64).cpu()
+    rows = as_tensor(subset, "subset").cpu()
+    if len(rows.shape) == 1 and len(rows) and (rows.is_floating_point() or rows.dtype == torch.bool):
+        raise TypeError(f"subset holds {rows.dtype}; give a share, a number of rows, or whole row numbers")
+    rows = rows.long()
     if rows.ndim != 1 or not len(rows) or rows.min() < 0 or rows.max() >= n or len(rows.unique()) < len(rows):
         raise ValueError(f"subset must name rows of 0 to {n - 1}, each once, and at least one")
     return rows

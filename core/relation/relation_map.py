@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import as_tensor
 from .graph import RelationGraph
 from .label_noise import normalised
 
@@ -43,8 +45,12 @@ def relation_map(checkpoints: Iterable[RelationGraph], i: int) -> RelationMap:
     References:
         Thesis section 5.3.6.
     """
+    if not isinstance(checkpoints, Iterable):
+        raise TypeError(f"checkpoints is a {type(checkpoints).__name__}; give one graph for each checkpoint")
     rows: list[Tensor] = []
     for graph in checkpoints:
+        if not isinstance(graph, RelationGraph):
+            raise TypeError(f"checkpoints hold a {type(graph).__name__}; give one graph for each checkpoint")
         row = graph.row(i)
         if rows and len(row) != len(rows[0]):
             raise ValueError(
@@ -60,6 +66,13 @@ def relation_map(checkpoints: Iterable[RelationGraph], i: int) -> RelationMap:
     return RelationMap(i, others, values.mean(0), values.std(0, correction=0), values[-1])
 
 
+def _vector(scores: Any) -> Tensor:
+    out = as_tensor(scores, "scores").double()
+    if out.ndim != 1 or not len(out) or not bool(out.isfinite().all()):
+        raise ValueError(f"scores hold a vector of shape {tuple(out.shape)}; give finite scores (n,) a checkpoint")
+    return out
+
+
 def average_scores(scores: Iterable[Tensor]) -> Tensor:
     """Temporal ensemble: the mean over checkpoints of scores (n,), each divided by its largest magnitude.
 
@@ -71,7 +84,9 @@ def average_scores(scores: Iterable[Tensor]) -> Tensor:
     References:
         Thesis section 5.4.2, table 5.5.
     """
-    all_scores = [normalised(s.double()) for s in scores]
+    if not isinstance(scores, Iterable) or isinstance(scores, Tensor | str | bytes | Mapping):
+        raise TypeError(f"scores is a {type(scores).__name__}; give one vector a checkpoint, several of them")
+    all_scores = [normalised(_vector(s)) for s in scores]
     if not all_scores or len({len(s) for s in all_scores}) > 1:
         raise ValueError(
             f"scores has the lengths {[len(s) for s in all_scores]}; give one vector a checkpoint, of one length"

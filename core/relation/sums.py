@@ -12,7 +12,6 @@ import itertools
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..artifacts import whole_file
+from ..tensor_file import load_tensors, save_tensors
 from .kernel import Kernel
 from .pairs import Pairs, kernel_values, row_chunks, working
 
@@ -250,10 +247,7 @@ class _Store:
         return self.folder / f"lane-{lane:02d}.safetensors"
 
     def save(self, lane: int, sums: Tensor, done: int) -> None:
-        values = sums.cpu().contiguous()
-        about = {"fingerprint": self.fingerprint, "done": str(done), "crc": str(zlib.crc32(values.numpy().tobytes()))}
-        with whole_file(self._path(lane)) as path:
-            save_file({"sums": values}, path, about)
+        save_tensors(self._path(lane), {"sums": sums}, {"fingerprint": self.fingerprint, "done": str(done)})
 
     def load(self, lane: int, into: Tensor) -> int:
         """Fill ``into`` and tell how many blocks it holds; 0 where nothing was saved."""
@@ -261,17 +255,12 @@ class _Store:
         if not os.path.lexists(path):
             return 0
         try:
-            with safe_open(path, "pt") as file:
-                about, values = file.metadata() or {}, file.get_tensor("sums")
-            whole = about["crc"] == str(zlib.crc32(values.numpy().tobytes()))
-            done = int(about["done"])
-        except (SafetensorError, OSError, KeyError, ValueError) as e:
-            raise ValueError(f"resume file {path} is damaged ({type(e).__name__}); delete it to begin anew") from e
-        if not whole:
-            raise ValueError(f"resume file {path} is damaged (checksum); delete it to begin anew")
-        if about["fingerprint"] != self.fingerprint:
+            tensors, about = load_tensors(path)
+        except ValueError as e:
+            raise ValueError(f"resume file {path} is damaged ({e}); delete it to begin anew") from e
+        if about.get("fingerprint") != self.fingerprint:
             raise ValueError(
                 f"resume file {path} belongs to other data or settings; give another folder, or delete this one"
             )
-        into.copy_(values)
-        return done
+        into.copy_(tensors["sums"])
+        return int(about["done"])

@@ -333,9 +333,10 @@ def _read(
         raise FileNotFoundError(
             f"{str(source)!r} holds no condensed data set{where}: it has no {RECORD}; give one that was pushed or saved"
         )
-    if _is_saved(root / RECORD):
+    path = hub.member(root, RECORD)
+    if _is_saved(path):
         return _saved(root, config)
-    record = hub.read_record(hub.member(root, RECORD), KIND, VERSION)
+    record = hub.read_record(path, KIND, VERSION)
     config, file, size, digest = _entry(root, record, config)
     if not Path(source).is_dir():
         root = find([file], root.name)  # of the commit whose record was read
@@ -363,7 +364,9 @@ def _entry(root: Path, record: dict[str, Any], config: str | None) -> tuple[str,
         file, size, digest = (files[config][key] for key in ("file", "bytes", "sha256"))
         if not re.fullmatch(_FILES[config] + r"-[0-9a-f]{16}\.parquet", file, re.ASCII):
             raise TypeError(f"the file {file!r:.80}")
-        return config, file, int(size), str(digest)
+        if type(size) is not int or not isinstance(digest, str):
+            raise TypeError(f"bytes={size!r:.40}, sha256={digest!r:.80}")
+        return config, file, size, digest
     except (KeyError, TypeError, AttributeError, StopIteration) as e:
         raise _bad_record(root, e) from e
 
@@ -378,11 +381,13 @@ def _condensed(root: Path, record: dict[str, Any], config: str, file: str, store
         expected = _features(config, shape, made["label_names"], int(labels.max()) + 1)
         if stored.features != expected or len(stored) != record["images"]:
             raise ValueError(f"{file} has {len(stored)} rows of {stored.features}, not of {expected}")
+        if config == PNG and any(row["bytes"] is None for row in stored.with_format("arrow")["image"].to_pylist()):
+            raise ValueError(f"{file} names images elsewhere and does not hold them")
         images = pixels(stored.with_format("numpy")["image"] if config == EXACT else stored["image"], file)
         if tuple(images.shape[1:]) != shape:
             raise ValueError(f"{file} has images of {tuple(images.shape[1:])}, not {shape}")
         return Condensed(images, labels, **{**made, "made": dict(made["made"])})
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as e:
+    except Exception as e:  # PIL, pyarrow and torch raise errors of many kinds
         raise _bad_record(root, e) from e
 
 
@@ -404,5 +409,5 @@ def _table(root: Path, file: str, size: int, digest: str) -> Dataset:
         raise ValueError(f"{path} has the checksum {found[:16]} where {RECORD} says {digest[:16]}; download it again")
     try:
         return Dataset(pq.read_table(io.BytesIO(content)))
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # pyarrow and datasets raise errors of many kinds
         raise ValueError(f"{path} cannot be read as a parquet file ({e}); download it again") from e

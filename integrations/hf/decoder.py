@@ -87,6 +87,15 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: Cache, **kwargs: Any) ->
     return body(input_ids=ids, use_cache=True, **cache_argument(body, cache), **kwargs)
 
 
+@torch.no_grad()
+def pair_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """Heads, and the sizes of a key and a value, in each layer's cache; one token is read to see them."""
+    cache = DynamicCache(config=model.config)
+    forward(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), cache)
+    layers: list[Any] = list(cache.layers)
+    return [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers]
+
+
 def changing_rope_limit(model: PreTrainedModel) -> int | None:
     """The length beyond which the model's rotary frequencies change for all positions, if it has one."""
     config = model.config.get_text_config(decoder=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dataopt.core.artifacts import whole_file
+from dataopt.core.tensor_file import load_tensors, save_tensors
 from dataopt.integrations.heads import Tap, unwrapped
 from dataopt.integrations.saliency_maps import weights_digest
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import MODEL_MAPPING, PreTrainedModel
@@ -365,31 +362,18 @@ class _Store:
         return self.folder / f"outputs-{number:05d}.safetensors"
 
     def save(self, number: int, shard: dict[str, Tensor]) -> None:
-        with whole_file(self._path(number)) as path:
-            save_file(shard, path, {"key": self.key, "crc": _checksum(shard)})
+        save_tensors(self._path(number), shard, {"key": self.key})
 
     def load(self, number: int) -> dict[str, Tensor] | None:
         path = self._path(number)
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            whole = about["crc"] == _checksum(shard)
-        except (SafetensorError, OSError, KeyError) as e:
-            raise ValueError(f"out_dir holds the damaged file {path} ({type(e).__name__}); delete it to go on") from e
-        if not whole:
-            raise ValueError(f"out_dir holds the damaged file {path} (checksum); delete it to go on")
+            shard, about = load_tensors(path)
+        except ValueError as e:
+            raise ValueError(f"out_dir holds the damaged file {path} ({e}); delete it to go on") from e
         if about.get("key") != self.key:
             raise ValueError(
                 f"out_dir={str(self.folder)!r} holds outputs of other data, weights or settings; give another folder"
             )
         return shard
-
-
-def _checksum(shard: dict[str, Tensor]) -> str:
-    crc = 0
-    for name in sorted(shard):
-        crc = zlib.crc32(shard[name].numpy().tobytes(), crc)
-    return str(crc)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import tempfile
 import zlib
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+from dataopt.core.artifacts import member as member
 from dataopt.core.artifacts import write_whole
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 
@@ -54,24 +56,6 @@ def find(
             allow_patterns=list(patterns),
         )
     )
-
-
-def member(folder: Path, name: str) -> Path:
-    """A file of the folder, checked to lie in it; in the Hub's own cache it may lie among the repository's blobs.
-
-    Raises:
-        ValueError: it is missing, no plain file, or a link that leads elsewhere.
-    """
-    path, root = folder / name, folder.resolve()
-    if not os.path.lexists(path):
-        raise ValueError(f"{path} is missing; the folder holds no complete save: save or download it again")
-    real = path.resolve()
-    homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else ())]
-    if real.parent not in homes:
-        raise ValueError(f"{path} is a link to {real}, outside its folder; put the file itself there")
-    if not real.is_file():
-        raise ValueError(f"{path} is no file; save or download it again")
-    return path
 
 
 def check_folder(folder: Path) -> None:
@@ -122,6 +106,12 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 def _checksum(record: Any) -> str:
     return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
+def file_checksum(path: Path) -> str:
+    """Not cryptographic: it finds accidents, at the speed of memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def base_model(model: PreTrainedModel) -> str | None:

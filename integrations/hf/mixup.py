@@ -152,7 +152,7 @@ class MixupTrainerMixin(_Base):
         if found is True:
             found = get_last_checkpoint(str(self.args.output_dir))
         if found and (Path(found) / _FILE).exists():
-            self.mixing.load_state_dict(json.loads((Path(found) / _FILE).read_text()))
+            restore(self.mixing, Path(found) / _FILE)
         elif found:
             _logger.warning("The checkpoint %s was written without mixing: its draws start from step 0.", found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -287,6 +287,18 @@ def build_mixing(
             raise ValueError(f"grids={settings['grids']} must be whole numbers for text, parts of a sequence")
     mix = method(num_classes, **{name: value for name, value in settings.items() if name in core})
     return Mixing(mix, **{name: value for name, value in settings.items() if name in own})
+
+
+def restore(mixing: Mixing, path: Path) -> None:
+    """Go on from what a checkpoint holds about mixing.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    try:
+        mixing.load_state_dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); resume from another checkpoint") from e
 
 
 class _Checkpoint(TrainerCallback):

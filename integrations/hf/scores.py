@@ -60,12 +60,13 @@ def as_table(scores: Any) -> pd.DataFrame:
     )
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path, content: bytes | None = None) -> pd.DataFrame:
+    """A parquet file, of which ``content`` was read already."""
     import pandas as pd
 
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as e:
+        return pd.read_parquet(path if content is None else io.BytesIO(content))
+    except Exception as e:  # pandas and pyarrow raise errors of many kinds
         raise ValueError(f"scores: {path} cannot be read as a parquet file ({e})") from e
 
 
@@ -132,13 +133,17 @@ def save_relation_scores(
 
 
 def _table_to_save(scores: Any, config: str, split: str) -> pd.DataFrame:
-    for name, value in (("config", config), ("split", split)):
-        if not _NAME.fullmatch(value):
-            raise ValueError(f"{name}={value!r} is no name of a {name}; use letters, digits, '_', '-' and '.'")
+    _check_names(config, split)
     table = as_table(scores)
     if "given_label" not in table or not len(table):
         raise ValueError("scores lack the column given_label, or have no rows; make them with find_issues")
     return table
+
+
+def _check_names(config: str, split: str) -> None:
+    for name, value in (("config", config), ("split", split)):
+        if not isinstance(value, str) or not _NAME.fullmatch(value):
+            raise ValueError(f"{name}={value!r} is no name of a {name}; use letters, digits, '_', '-' and '.'")
 
 
 def _save(
@@ -222,6 +227,7 @@ def load_relation_scores(
     Raises:
         ValueError: no scores there, or a damaged file. The errors of huggingface_hub for a repository.
     """
+    _check_names(config, split)
     path = f"{_HOME}/{config}/{split}"
     root = hub.find(
         source,
@@ -235,12 +241,16 @@ def load_relation_scores(
     folder = root / path
     if not folder.is_dir():
         raise ValueError(f"{str(source)!r} holds no relation scores of {config}/{split}; push or save them first")
-    record = hub.read_record(folder / _RECORD, KIND, VERSION)
-    file = folder / _SCORES
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != record.get("scores_hash"):
-        raise ValueError(f"{file} is missing, or is not the file of its record; save or download it again")
-    table = _read(file)
-    table.attrs.update({name: record[name] for name in ("label_names", "model", "config", "split", "labels_hash")})
+    record = hub.read_record(hub.member(root, f"{path}/{_RECORD}"), KIND, VERSION)
+    file = hub.member(root, f"{path}/{_SCORES}")
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != record.get("scores_hash"):
+        raise ValueError(f"{file} is not the file of its record; save or download it again")
+    table = _read(file, content)
+    said = ("label_names", "model", "config", "split", "labels_hash")
+    if not all(name in record for name in said) or "given_label" not in table or len(table) != record.get("rows"):
+        raise ValueError(f"{folder} does not hold the scores that its {_RECORD} describes; save or download it again")
+    table.attrs.update({name: record[name] for name in said})
     return table
 
 

@@ -13,21 +13,20 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
 from timm.models import create_model, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, evaluation_sample_limit, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import CheckpointSaver, distribute_bn, random_seed, setup_default_logging, update_summary
+from timm.utils import distribute_bn, random_seed, setup_default_logging, update_summary
 from timm.utils.clip_grad import dispatch_clip_grad
-from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .condensed import with_condensed
 from .flags import parse
 from .options import METHODS, stop, task_settings
+from .saver import make_saver, trim
 from .task import TASKS, MixTask
 
 _logger = logging.getLogger(__name__)
@@ -81,9 +80,9 @@ def main(argv: list[str]) -> None:
 
     folder = os.path.join(args.output, args.experiment or f"{safe_model_name(args.model)}-{config['input_size'][-1]}")
     summary = os.path.join(folder, "summary.csv")
-    saver = _saver(args, folder, saved_args, task, optimizer, accelerator) if accelerator.is_main_process else None
+    saver = make_saver(args, folder, saved_args, task, optimizer, accelerator) if accelerator.is_main_process else None
     if saver is not None:
-        trim_summary(summary, start)
+        trim(summary, start)
     accelerator.wait_for_everyone()
     updates = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
@@ -216,20 +215,3 @@ def _task(args: argparse.Namespace, model: Any, accelerator: Any) -> Classificat
         return TASKS[args.mixup](model, criterion_kwargs=loss, **settings, **common)
     soft = args.mixup > 0 or args.cutmix > 0
     return ClassificationTask(model, criterion_kwargs={**loss, "soft_targets": soft}, **common)
-
-
-def _saver(
-    args: argparse.Namespace, folder: str, saved: argparse.Namespace, task: Any, optimizer: Any, accelerator: Any
-) -> CheckpointSaver:
-    if os.path.isdir(folder) and os.listdir(folder) and not args.resume:
-        stop(f"--output {folder} is not empty; give another --experiment, or --resume {folder}/last.pth.tar")
-    os.makedirs(folder, exist_ok=True)
-    saver = CheckpointSaver(
-        model=task.trainable_module, optimizer=optimizer, args=args, amp_scaler=accelerator.scaler, task=task,
-        checkpoint_dir=folder, recovery_dir=folder, decreasing=not args.val_split, max_history=args.checkpoint_hist,
-    )  # fmt: skip
-    if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
-        saver.load_state_dict_from_checkpoint(args.resume)
-    with open(os.path.join(folder, "args.yaml"), "w") as f:
-        yaml.safe_dump(vars(saved), f)
-    return saver

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dataopt.core.artifacts import write_whole
+from dataopt.core.tensor_file import load_tensors, save_tensors
 from dataopt.integrations.saliency_maps import View, as_tv_tensors, default_view, make_maps, provenance
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
@@ -83,9 +81,10 @@ class SaliencyFolder(Dataset):
         view = saliency_transform or default_view(model)
         made_from = {**provenance(model, view, grid), **_files(self._folder, root)}
         path = Path(cache) if cache is not None else root / "saliency.safetensors"
-        if path.exists() and not (difference := _difference(path, made_from)):
-            self.saliency = _read(path)
-        elif path.exists() and not refresh:
+        maps, difference = _read(path, made_from) if path.exists() else (None, "")
+        if maps is not None:
+            self.saliency = maps
+        elif difference and not refresh:
             raise ValueError(f"the saliency in {path} {difference}; refresh=True computes it again")
         else:
             loading = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": list}
@@ -148,20 +147,14 @@ def _files(folder: ImageFolder, root: Path) -> dict[str, str]:
     return {"classes": json.dumps(folder.classes), "files": f"{len(folder)} files, {h.hexdigest()}"}
 
 
-def _difference(path: Path, made_from: dict[str, str]) -> str:
-    """What is wrong with a sidecar, empty where it fits."""
+def _read(path: Path, made_from: dict[str, str]) -> tuple[Tensor | None, str]:
+    """The maps of a sidecar; None where it does not fit, and what is wrong with it."""
     try:
-        with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-    except SafetensorError as e:
-        return f"cannot be read ({e})"
+        tensors, found = load_tensors(path)
+    except ValueError as e:
+        return None, f"cannot be read ({e})"
     changed = [f"{k} ({found.get(k, 'unknown')}, now {v})" for k, v in made_from.items() if found.get(k) != v]
-    return f"was made from other {', '.join(changed)}" if changed else ""
-
-
-def _read(path: Path) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("saliency")
+    return (None, f"was made from other {', '.join(changed)}") if changed else (tensors["saliency"], "")
 
 
 def _make(
@@ -174,8 +167,9 @@ def _make(
         for start in range(0, len(views), PART):
             stop = min(start + PART, len(views))
             parts.append(path.with_name(f".{path.name}.part{start // PART:05d}"))
-            if parts[-1].exists() and not _difference(parts[-1], made_from):
-                maps[start:stop] = _read(parts[-1])
+            done = _read(parts[-1], made_from)[0] if parts[-1].exists() else None
+            if done is not None:
+                maps[start:stop] = done
                 progress.update(stop - start)
                 continue
             at = start
@@ -184,8 +178,8 @@ def _make(
                 maps[at : at + len(batch)] = make_maps(model, images, labels, grid)
                 at += len(batch)
                 progress.update(len(batch))
-            write_whole(parts[-1], save({"saliency": maps[start:stop].clone()}, made_from))
-    write_whole(path, save({"saliency": maps}, made_from))
+            save_tensors(parts[-1], {"saliency": maps[start:stop].clone()}, made_from)
+    save_tensors(path, {"saliency": maps}, made_from)
     for part in parts:
         part.unlink(missing_ok=True)
     return maps

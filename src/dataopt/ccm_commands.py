@@ -140,12 +140,12 @@ def train(
     trainer = CCMTrainer(model, args, distill=distill, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)  # off a terminal; the report holds the losses
     start = time.perf_counter()
-    found = _checkpoint(work / "adapter") if resume else None
-    if found and (state := TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))).global_step >= steps:
-        trainer._load_from_checkpoint(found)  # all was trained; train() would take one step more
+    newest = _checkpoint(work / "adapter") if resume else None
+    if newest and (state := TrainerState.load_from_json(str(Path(newest) / TRAINER_STATE_NAME))).global_step >= steps:
+        trainer._load_from_checkpoint(newest)  # all was trained; train() would take one step more
         trainer.state = state
     else:
-        trainer.train(resume_from_checkpoint=found)
+        trainer.train(resume_from_checkpoint=newest)
     seconds = time.perf_counter() - start
     if not trainer.is_world_process_zero():
         return

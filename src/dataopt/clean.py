@@ -149,6 +149,7 @@ def write_folder(
             "cleaned_rows": len(cleaned),
         },
     }
+    record["files"] = {path.name: hub.file_checksum(path) for path in sorted(out.glob("*.parquet"))}
     write_whole(out / "report.html", clean_report.render(record, out, table, relations, items))
     hub.write_record(out / "record.json", KIND, VERSION, record)
     print(summary(record, table, out))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dataopt.core.artifacts import whole_file
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from dataopt.core.artifacts import alone_in
+from dataopt.core.tensor_file import load_tensors, save_tensors
 from torch import Tensor
 
 from .. import decoder, fingerprint, hub
@@ -29,14 +28,10 @@ def save(memory: Memory, model: CCMModel, prefix: int, folder: Path) -> None:
         ValueError: the path is a file.
     """
     hub.check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    old = [path for path in folder.iterdir() if TENSORS.fullmatch(path.name)]
     name = f"ccm-{secrets.token_hex(8)}.safetensors"
     tensors: dict[str, Tensor] = {}
     for i, (keys, values) in enumerate(memory.layers):
         tensors |= {f"{i}.keys": keys.contiguous().cpu(), f"{i}.values": values.contiguous().cpu()}
-    with whole_file(folder / name) as path:
-        save_file(tensors, path)
     content = {
         "tensors": name,
         "prefix": prefix,
@@ -45,9 +40,12 @@ def save(memory: Memory, model: CCMModel, prefix: int, folder: Path) -> None:
         "text": memory.text[0],
         **_made_with(model),
     }
-    hub.write_record(folder / RECORD, KIND, VERSION, content)
-    for path in old:
-        path.unlink(missing_ok=True)
+    with alone_in(folder):
+        save_tensors(folder / name, tensors, {})
+        hub.write_record(folder / RECORD, KIND, VERSION, content)
+        for path in list(folder.iterdir()):
+            if TENSORS.fullmatch(path.name) and path.name != name:
+                path.unlink(missing_ok=True)
 
 
 def load(folder: Path, model: CCMModel, prefix: int) -> Memory:
@@ -83,8 +81,8 @@ def load(folder: Path, model: CCMModel, prefix: int) -> Memory:
         raise ValueError(f"{path} names {name!r:.80} as its file of tensors, which no save does; save it again")
     file = hub.member(folder, name)
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as e:
+        tensors, _ = load_tensors(file)
+    except ValueError as e:
         raise ValueError(f"{file} is damaged ({e}); save it again") from e
     layers = _layers(tensors, model, pairs, file)
     return Memory(layers, torch.ones(1, pairs, dtype=torch.bool), (steps,), (text,))
@@ -98,11 +96,13 @@ def _layers(tensors: dict[str, Tensor], model: CCMModel, pairs: int, file: Path)
     dtype = base.dtype
     if model.ccm_config.mode == "merge":
         dtype = torch.promote_types(dtype, torch.float32)
+    shapes: dict[str, tuple[int, int, int, int]] = {}
+    for i, (heads, key, value) in enumerate(decoder.pair_shapes(base)):
+        shapes |= {f"{i}.keys": (1, heads, pairs, key), f"{i}.values": (1, heads, pairs, value)}
     for name, tensor in tensors.items():
-        if tensor.ndim != 4 or tensor.shape[0] != 1 or tensor.shape[2] != pairs or tensor.dtype != dtype:
+        if tensor.shape != shapes[name] or tensor.dtype != dtype:
             raise ValueError(
-                f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not (1, heads, {pairs}, d) {dtype}; "
-                "save it again"
+                f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]} {dtype}; save it again"
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{file}: {name} has values that are not finite; compress the contexts again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -49,10 +50,14 @@ class CCMConfig:
 
     def __post_init__(self) -> None:
         check_options(self.mode, self.positions, self.ema, self.comp_tokens)
-        if not isinstance(self.r, int) or self.r < 1:
+        if type(self.r) is not int or self.r < 1:
             raise ValueError(f"r={self.r!r} must be a whole number of at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be in [0, 1)")
+        numbers = {"lora_alpha": "above 0 and finite", "lora_dropout": "in [0, 1)"}
+        for name, where in numbers.items():
+            value = getattr(self, name)
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if not fits or (value == 0 if name == "lora_alpha" else value >= 1):
+                raise ValueError(f"{name}={value!r:.40} must be a number {where}")
         for name in ("conditional", "recurrent", "sink"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -61,22 +66,26 @@ class CCMConfig:
         for name in ("target_modules", "comp_ids"):
             if getattr(self, name) is not None:  # a list, as it comes back from a file
                 object.__setattr__(self, name, list(getattr(self, name)))
+        if not all(isinstance(name, str) for name in self.target_modules or ()):
+            raise ValueError(f"target_modules={self.target_modules!r:.80} must be a list of names, or None")
         if self.comp_ids is not None:
             ids = list(self.comp_ids)
             if len(set(ids)) != self.comp_tokens or any(type(i) is not int or i < 0 for i in ids):
                 raise ValueError(f"comp_ids={ids} must be comp_tokens={self.comp_tokens} different token ids")
 
-    def save(self, folder: Path, vocabulary: int) -> None:
+    def save(self, folder: Path, vocabulary: int, weights: str | None = None) -> None:
         """Write ``ccm_config.json``.
 
         Args:
             vocabulary: rows of the base model's embedding before COMP tokens were appended.
+            weights: checksum of the weights' file, if they lie in one.
         """
-        hub.write_record(folder / FILE, KIND, VERSION, {"options": asdict(self), "vocabulary": vocabulary})
+        content = {"options": asdict(self), "vocabulary": vocabulary, "weights": weights}
+        hub.write_record(folder / FILE, KIND, VERSION, content)
 
     @classmethod
-    def load(cls, folder: Path) -> tuple[CCMConfig, int]:
-        """The options and the vocabulary from ``ccm_config.json``.
+    def load(cls, folder: Path) -> tuple[CCMConfig, int, str | None]:
+        """The options, the vocabulary and the checksum of the weights from ``ccm_config.json``.
 
         Raises:
             ValueError: a file that is missing, damaged, of another kind or of a newer format.
@@ -86,10 +95,10 @@ class CCMConfig:
         options: Any = record.get("options")
         vocabulary = record.get("vocabulary")
         names = {f.name for f in fields(cls)}
-        if not isinstance(options, dict) or options.keys() != names or type(vocabulary) is not int:
+        if not isinstance(options, dict) or options.keys() != names or type(vocabulary) is not int or vocabulary < 1:
             raise ValueError(f"{path} does not hold the options of a CCM adapter; save or download it again")
         try:
-            return cls(**options), vocabulary
+            return cls(**options), vocabulary, record.get("weights")
         except (TypeError, ValueError) as e:
             raise ValueError(f"{path}: {e}") from e
 

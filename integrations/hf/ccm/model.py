@@ -23,7 +23,7 @@ from .config import FILE, CCMConfig
 from .rows import segments_of
 
 ADAPTER = "default"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _IMPLEMENTATIONS = {"eager": "eager", "dataopt_eager": "eager", "flex_attention": "flex"}  # by that of the base
 
 
@@ -210,7 +210,10 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         finally:
             adapter.alora_invocation_tokens = None
         if kwargs.get("is_main_process", True):
-            self.ccm_config.save(Path(save_directory), self._vocabulary_before)
+            path = Path(save_directory) / WEIGHTS
+            self.ccm_config.save(
+                path.parent, self._vocabulary_before, hub.file_checksum(path) if path.exists() else None
+            )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """What PEFT calls to write ``README.md``."""
@@ -246,12 +249,15 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config, vocabulary = CCMConfig.load(folder)
-        path = hub.member(folder, _WEIGHTS)
-        try:
-            weights = load_peft_weights(str(folder), device="cpu")
-        except Exception as e:  # safetensors and PEFT raise errors of several kinds
-            raise ValueError(f"{path} is damaged ({e}); save or download it again") from e
+        config, vocabulary, checksum = CCMConfig.load(folder)
+        path = hub.member(folder, WEIGHTS)
+        weights = read_weights(path, checksum)
+        ranks = {w.shape[0] for name, w in weights.items() if "lora_A" in name}
+        if ranks != {config.r} or config.comp_ids is None:  # before anything is made as large as the options say
+            raise ValueError(
+                f"{folder / FILE} has r={config.r!r:.40} and comp_ids={config.comp_ids!r:.40}, and {path.name} was "
+                "saved with others; save or download it again"
+            )
         self = cls.__new__(cls)
         self._make(model, config, vocabulary)
         self._load(weights, path)
@@ -274,6 +280,24 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         if not all(bool(w.isfinite().all()) for w in weights.values()):
             raise ValueError(f"{path} has weights that are not finite; the training had failed")
         set_peft_model_state_dict(self, weights, ADAPTER)
+
+
+def read_weights(path: Path, checksum: str | None) -> dict[str, Tensor]:
+    """The weights of an adapter.
+
+    Args:
+        checksum: of the file, as ``ccm_config.json`` beside it says.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    try:
+        weights: dict[str, Tensor] = load_peft_weights(str(path.parent), device="cpu")
+    except Exception as e:  # safetensors and PEFT raise errors of several kinds
+        raise ValueError(f"{path} is damaged ({e}); save or download it again") from e
+    if checksum not in (None, hub.file_checksum(path)):
+        raise ValueError(f"{path} is damaged, or from another save than {FILE}; save or download it again")
+    return weights
 
 
 def divergence(teacher: Tensor, student: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model, load_peft_weights
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .. import decoder, hub
 from .architecture import attention_targets
 from .config import CCMConfig
-from .model import CCMModel
+from .model import WEIGHTS, CCMModel, read_weights
 from .rows import CCMCollator
 
 _COLUMNS = ["input_ids", "labels", "segment_ids", "comp_slot"]
@@ -71,15 +71,15 @@ class CCMTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         inner: Any = self.model if model is None else model
         folder = Path(resume_from_checkpoint)
-        config, _ = CCMConfig.load(folder)
+        config, _, checksum = CCMConfig.load(folder)
         for name, now in vars(inner.ccm_config).items():
             if getattr(config, name) != now:
                 raise ValueError(
                     f"{folder} was trained with {name}={getattr(config, name)!r} and the model has {now!r}; resume "
                     "with the same options"
                 )
-        path = hub.member(folder, "adapter_model.safetensors")
-        inner._load(load_peft_weights(str(folder), device="cpu"), path)
+        path = hub.member(folder, WEIGHTS)
+        inner._load(read_weights(path, checksum), path)
 
 
 def finetune_full_context(

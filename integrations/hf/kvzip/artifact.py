@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 from dataclasses import asdict, fields
@@ -14,8 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-import xxhash
-from dataopt.core.artifacts import whole_file, write_whole
+from dataopt.core.artifacts import alone_in, whole_file, write_whole
 from dataopt.core.kvzip import PackedHeads, Quantised
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -143,44 +141,45 @@ def _save(
     of_model = fingerprint.of_model(model)
     tensors = _tensors(context)
     name = TENSORS.replace("*", secrets.token_hex(4))
-    old = _tensors_of_save(folder)
-    with whole_file(folder / name) as temporary:
-        save_file(tensors, temporary)
-        size, checksum = temporary.stat().st_size, _checksum(temporary)
-    if context.head_scores is None:
-        (folder / HEADS).unlink(missing_ok=True)
-    else:
-        _write_head_scores(context.head_scores, of_model, folder)
-    write_whole(folder / CARD, _card(context, model, size, repo_id))
-    content = {
-        "tensors": {"file": name, "bytes": size, "xxh3_128": checksum},
-        "base_model": hub.base_model(model),
-        "options": asdict(context.options),
-        "template_kwargs": context.template_kwargs,
-        "text": context.text,
-        "prefix": context.prefix,
-        "seen": len(context.ids),
-        "dtype": str(_pairs_dtype(context)).removeprefix("torch."),
-        "layers": [_layer_entry(p) for p in context.layers],
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "fingerprint": of_model | fingerprint.of_tokenizer(tokenizer),
-    }
-    try:
-        hub.write_record(folder / RECORD, KIND, VERSION, content)
-    except BaseException:
-        (folder / name).unlink(missing_ok=True)
-        raise
-    if old is not None:
-        old.unlink(missing_ok=True)
+    with alone_in(folder) as alone:
+        old = [*folder.glob(TENSORS), *folder.glob(f".{TENSORS}.*")] if alone else _tensors_of_save(folder)
+        with whole_file(folder / name) as temporary:
+            save_file(tensors, temporary)
+            size, checksum = temporary.stat().st_size, hub.file_checksum(temporary)
+        if context.head_scores is None:
+            (folder / HEADS).unlink(missing_ok=True)
+        else:
+            _write_head_scores(context.head_scores, of_model, folder)
+        write_whole(folder / CARD, _card(context, model, size, repo_id))
+        content = {
+            "tensors": {"file": name, "bytes": size, "xxh3_128": checksum},
+            "base_model": hub.base_model(model),
+            "options": asdict(context.options),
+            "template_kwargs": context.template_kwargs,
+            "text": context.text,
+            "prefix": context.prefix,
+            "seen": len(context.ids),
+            "dtype": str(_pairs_dtype(context)).removeprefix("torch."),
+            "layers": [_layer_entry(p) for p in context.layers],
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "fingerprint": of_model | fingerprint.of_tokenizer(tokenizer),
+        }
+        try:
+            hub.write_record(folder / RECORD, KIND, VERSION, content)
+        except BaseException:
+            (folder / name).unlink(missing_ok=True)
+            raise
+        for path in old:  # of the save before, and of those that were killed
+            path.unlink(missing_ok=True)
 
 
-def _tensors_of_save(folder: Path) -> Path | None:
+def _tensors_of_save(folder: Path) -> list[Path]:
     """The tensors of the save that a new one will replace."""
     try:
         record = hub.read_record(folder / RECORD, KIND, VERSION)
-        return hub.member(folder, _file_name(record, folder / RECORD))
+        return [hub.member(folder, _file_name(record, folder / RECORD))]
     except (OSError, ValueError):
-        return None  # no save, or one that cannot be loaded either
+        return []  # no save, or one that cannot be loaded either
 
 
 # Tensors and their description
@@ -228,7 +227,7 @@ class _Checked:
         self.name = _file_name(record, path)
         self.file = hub.member(folder, self.name)
         entry = record["tensors"]
-        if self.file.stat().st_size != entry.get("bytes") or _checksum(self.file) != entry.get("xxh3_128"):
+        if self.file.stat().st_size != entry.get("bytes") or hub.file_checksum(self.file) != entry.get("xxh3_128"):
             raise ValueError(
                 f"{self.file} is damaged, cut off, or from another save than {path.name}; save or download it again"
             )
@@ -303,10 +302,15 @@ def _context(record: dict[str, Any], folder: Path, model: PreTrainedModel) -> Co
     ]
     if [e.get("attention") if isinstance(e, dict) else None for e in entries] != kinds:
         raise file.bad("layers are not those of the model")
-    where = decoder.layer_devices(model)
+    where, shapes = decoder.layer_devices(model), decoder.pair_shapes(model)
     layers = tuple(
         _layer(file, i, entry, options, seen, prefix, dtype, where.get(i, where[-1])) for i, entry in enumerate(entries)
     )
+    for i, (p, shape) in enumerate(zip(layers, shapes, strict=True)):
+        count = len(p.lengths) if isinstance(p, PackedHeads) else p.keys.shape[1]
+        if (count, *_pair_shape(p)) != shape:
+            found = f"{count} heads with keys and values of {_pair_shape(p)} numbers"
+            raise file.bad(f"layer {i} has {found} where the model has {shape[0]} of {list(shape[1:])}")
     head_scores = None
     if "head_scores" in file.tensors:
         heads = [len(p.lengths) for p in layers if isinstance(p, PackedHeads)]
@@ -377,12 +381,6 @@ def _file_name(record: dict[str, Any], path: Path) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"kvzip-[0-9a-f]+\.safetensors", name, re.ASCII):
         raise ValueError(f"{path} names {name!r:.80} as its file of tensors, which no save does; save the cache again")
     return name
-
-
-def _checksum(path: Path) -> str:
-    # Not cryptographic: it finds accidents, at the speed of memory.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 # The card

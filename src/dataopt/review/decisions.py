@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from ..core.artifacts import member
 
 ACTIONS = ("keep", "relabel", "drop")
 FILE = "decisions.sqlite"
@@ -148,10 +151,15 @@ def open_decisions(folder: Path, given: dict[int, int]) -> Decisions:
         given: label of every row now.
 
     Raises:
-        ValueError: as :class:`Decisions`, or decisions about other data.
+        ValueError: as :class:`Decisions`, or decisions about other data, or a file that is a link out of the folder.
     """
+    if os.path.lexists(folder / FILE):
+        member(folder, FILE)
     decisions = Decisions(folder / FILE)
     for d in decisions.all().values():
+        if d.action not in ACTIONS or (type(d.label) is int) != (d.action == "relabel"):
+            decisions.close()
+            raise ValueError(f"{folder / FILE} is damaged: row {d.row} has action {d.action!r:.40}; move it away")
         if given.get(d.row) != d.given:
             decisions.close()
             raise ValueError(

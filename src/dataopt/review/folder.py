@@ -23,10 +23,8 @@ MEDIA_TYPES = (
     *("audio/wav", "audio/x-wav", "audio/mpeg", "audio/ogg", "audio/flac", "audio/mp4", "audio/webm"),
 )
 _FLAGS = {"is_label_issue": LABEL, "is_outlier_issue": OUTLIER, "is_near_duplicate_issue": NEAR_DUPLICATE}
-_SCORES = (
-    "index", *_FLAGS, "label_score", "outlier_score", "near_duplicate_score", "relation_noisiness", "loss",
-    "given_label", "predicted_label", "nearest_neighbor",
-)  # fmt: skip
+_NUMBERS = ("label_score", "outlier_score", "near_duplicate_score", "relation_noisiness", "loss")
+_SCORES = ("index", *_FLAGS, *_NUMBERS, "given_label", "predicted_label", "nearest_neighbor")
 _AGAIN = "run dataopt clean again"
 
 
@@ -58,6 +56,14 @@ class Items:
         self._content = "text" if modality == "text" else "media"
         wanted = ["index", "label", *(["media_type"] if modality != "text" else [])]
         frame = _table(path, wanted, [*wanted, self._content])
+        kinds = {
+            "text": (pa.types.is_string, pa.types.is_large_string),
+            "media": (pa.types.is_binary, pa.types.is_large_binary),
+        }
+        found = pq.read_schema(path).field(self._content).type
+        if not any(fits(found) for fits in kinds[self._content]):
+            needed = "texts" if self._content == "text" else "bytes"
+            raise ValueError(f"{path} has {found} in {self._content!r} and not {needed}; {_AGAIN}")
         self.rows = _integers(path, frame, "index")
         self._place = {row: i for i, row in enumerate(self.rows.tolist())}
         self._types = frame["media_type"].tolist() if modality != "text" else []
@@ -81,12 +87,12 @@ class Items:
     def _value(self, row: int) -> Any:
         place = self._place[row]
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._group(group)[place - int(self._starts[group])].as_py()
+        return self._group(group)[place - int(self._starts[group])]
 
-    def _read_group(self, group: int) -> pa.ChunkedArray:
+    def _read_group(self, group: int) -> list[Any]:
         try:
-            return self._file.read_row_group(group, columns=[self._content]).column(0)
-        except (pa.ArrowException, OSError) as e:
+            return self._file.read_row_group(group, columns=[self._content]).column(0).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as e:
             raise ValueError(f"{self._path} is damaged ({_first_line(e)}); {_AGAIN}") from e
 
 
@@ -139,6 +145,9 @@ def read_folder(path: Path) -> Folder:
         raise ValueError(f"{path} is no folder; give one that dataopt clean wrote")
     record = _checked(path / "record.json", hub.read_record(hub.member(path, "record.json"), KIND, VERSION))
     files = {name: hub.member(path, f"{name}.parquet") for name in ("scores", "relations", "map", "items")}
+    for file in files.values():
+        if record.get("files", {}).get(file.name) not in (None, hub.file_checksum(file)):
+            raise ValueError(f"{file} is damaged, or of another run than record.json; {_AGAIN}")
     scores = _read_scores(files["scores"], record)
     relations = _by_row(files["relations"], ("row", "neighbour", "rank"), ("value", "similarity"), scores)
     relations_map = _by_row(files["map"], ("row", "neighbour"), ("mean", "std", "last"), scores)
@@ -173,6 +182,7 @@ def _checked(path: Path, record: dict[str, Any]) -> dict[str, Any]:
         "modality": record.get("modality") in ("image", "text", "audio"),
         "label_names": isinstance(names, list) and len(names) > 0 and all(isinstance(n, str) for n in names),
         "labels_hash": isinstance(record.get("labels_hash"), str),
+        "files": isinstance(record.get("files", {}), dict),
     }
     for key, fine in right.items():
         if not fine:
@@ -193,6 +203,11 @@ def _read_scores(path: Path, record: dict[str, Any]) -> pd.DataFrame:
         values = _integers(path, frame, name)
         if len(values) and not (values.min() >= 0 and values.max() < end):
             raise ValueError(f"{path} has {name} {_outside(values, end)}, and record.json has {end}; {_AGAIN}")
+    _integers(path, frame, "nearest_neighbor")
+    _floats(path, frame, _NUMBERS)
+    for flag in _FLAGS:
+        if not pd.api.types.is_bool_dtype(frame[flag]):
+            raise ValueError(f"{path} has {frame[flag].dtype} in {flag!r} and not true or false; {_AGAIN}")
     frame = frame.set_index("index")
     if not frame.index.is_unique:
         raise ValueError(f"{path} has row {frame.index[frame.index.duplicated()][0]} twice; {_AGAIN}")
@@ -207,6 +222,9 @@ def _by_row(path: Path, integers: Sequence[str], floats: Sequence[str], scores: 
         known = np.isin(_integers(path, frame, name), scores.index)
         if not known.all():
             raise ValueError(f"{path} names row {frame[name][~known].iloc[0]}, which has no scores; {_AGAIN}")
+    _floats(path, frame, floats)
+    for name in integers:
+        _integers(path, frame, name)
     order = ["row", "rank"] if "rank" in integers else ["row"]
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
     return ByRow(frame, frame["row"].to_numpy(np.int64))
@@ -215,18 +233,26 @@ def _by_row(path: Path, integers: Sequence[str], floats: Sequence[str], scores: 
 def _table(path: Path, columns: Sequence[str], needed: Sequence[str] | None = None) -> pd.DataFrame:
     try:
         found = pq.read_schema(path).names
-        missing = [c for c in needed or columns if c not in found]
-        if missing:
-            raise ValueError(f"{path} lacks the column {missing[0]!r}; {_AGAIN}")
-        return pq.read_table(path, columns=list(columns)).to_pandas()
-    except (pa.ArrowException, OSError) as e:
+        missing = [c for c in needed or columns if found.count(c) != 1]
+        frame = pd.DataFrame() if missing else pq.read_table(path, columns=list(columns)).to_pandas()
+    except Exception as e:  # pyarrow raises errors of many kinds
         raise ValueError(f"{path} is damaged ({_first_line(e)}); {_AGAIN}") from e
+    if missing:
+        what = "has twice" if missing[0] in found else "lacks"
+        raise ValueError(f"{path} {what} the column {missing[0]!r}; {_AGAIN}")
+    return frame
 
 
 def _integers(path: Path, frame: pd.DataFrame, name: str) -> np.ndarray:
     if not pd.api.types.is_integer_dtype(frame[name]):
         raise ValueError(f"{path} has {frame[name].dtype} in {name!r} and not integers; {_AGAIN}")
     return frame[name].to_numpy(np.int64)
+
+
+def _floats(path: Path, frame: pd.DataFrame, names: Sequence[str]) -> None:
+    for name in names:
+        if not pd.api.types.is_float_dtype(frame[name]):
+            raise ValueError(f"{path} has {frame[name].dtype} in {name!r} and not numbers; {_AGAIN}")
 
 
 def _outside(values: np.ndarray, end: int) -> int:

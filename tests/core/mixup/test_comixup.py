@@ -258,7 +258,7 @@ def test_salient_places_by_loops():
     ("arguments", "message"),
     [
         ({"num_classes": 0}, "num_classes=0 must be at least 1"),
-        ({"alpha": -1}, "alpha=-1 must not be negative"),
+        ({"alpha": -1}, "alpha=-1 leaves the Dirichlet prior undefined"),
         ({"alpha": 0}, "alpha=0 leaves the Dirichlet prior undefined"),
         ({"alpha": float("inf")}, "alpha=inf leaves the Dirichlet prior undefined"),
         ({"beta": -0.1}, r"beta=-0\.1 must be finite and not negative"),

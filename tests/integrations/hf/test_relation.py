@@ -268,7 +268,7 @@ def test_saved_and_loaded(small, tmp_path):
     with pytest.raises(ValueError, match="holds no relation scores of default/train"):
         load_relation_scores(tmp_path)
     table[:5].to_parquet(folder / "scores.parquet")
-    with pytest.raises(ValueError, match=r"scores.parquet is missing, or is not the file of its record"):
+    with pytest.raises(ValueError, match=r"scores.parquet is not the file of its record"):
         load_relation_scores(tmp_path, split="test")
     for name in ("../x", "", "a/b"):
         with pytest.raises(ValueError, match="is no name of a split"):

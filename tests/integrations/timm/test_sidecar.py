@@ -66,7 +66,7 @@ def test_made_once(root):
     with safe_open(root / "saliency.safetensors", "pt") as file:
         about = file.metadata()
         assert file.keys() == ["saliency"]
-    assert set(about) == {"model weights", "transform", "grid", "classes", "files"}
+    assert set(about) == {"model weights", "transform", "grid", "classes", "files", "crc"}
     assert about["classes"] == '["cat", "dog"]' and about["grid"] == "16"
     model = Brightness()
     assert torch.equal(make(root, model).saliency, first.saliency)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from dataopt.integrations.hf import CCMCache, CCMConfig, CCMModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -265,6 +265,11 @@ def test_damaged_files_are_refused(tmp_path):
     (folder / weights).write_bytes((good / weights).read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged"):
         CCMModel.from_pretrained(tiny(), folder)
+    content = bytearray((good / weights).read_bytes())
+    content[-5] ^= 1
+    (folder / weights).write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged, or from another save"):
+        CCMModel.from_pretrained(tiny(), folder)
     folder = copy("none")
     (folder / "ccm_config.json").unlink()
     with pytest.raises(ValueError, match="is missing"):
@@ -278,8 +283,9 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="newer format 99"):
         CCMModel.from_pretrained(tiny(), folder)
     folder = copy("infinite")
-    tensors = load_file(good / weights)
-    save_file({n: t * torch.inf for n, t in tensors.items()}, folder / weights)
+    infinite = ccm()
+    next(w for n, w in infinite.named_parameters() if "lora_" in n).data.fill_(torch.inf)
+    infinite.save_pretrained(folder)
     with pytest.raises(ValueError, match="not finite"):
         CCMModel.from_pretrained(tiny(), folder)
     with pytest.raises(ValueError, match="does not fit the base model"):

@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from dataopt.core.tensor_file import save_tensors
 from dataopt.integrations.hf import CCMCache
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..kvzip.conftest import tiny
 from .conftest import CONTEXTS, GREEDY, QUERY, answered, batch, ccm, exact, row
@@ -263,10 +264,10 @@ def test_foreign_and_damaged_memories_are_refused(tokenizer, tmp_path):
         CCMCache.from_pretrained(tmp_path, model)
     tensors.write_bytes(whole)
     values = load_file(tensors)
-    save_file(values | {"0.keys": values["0.keys"][:, :, :-1].contiguous()}, tensors)
+    save_tensors(tensors, values | {"0.keys": values["0.keys"][:, :, :-1]}, {})
     with pytest.raises(ValueError, match=r"0.keys is \(1, 2, 7, 32\)"):
         CCMCache.from_pretrained(tmp_path, model)
-    save_file(values | {"0.keys": values["0.keys"] * torch.nan}, tensors)
+    save_tensors(tensors, values | {"0.keys": values["0.keys"] * torch.nan}, {})
     with pytest.raises(ValueError, match="not finite"):
         CCMCache.from_pretrained(tmp_path, model)
     tensors.unlink()

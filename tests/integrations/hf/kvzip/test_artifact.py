@@ -427,7 +427,7 @@ def test_hostile_tensors(case, folder, model, tokenizer):
     tensors = {name: t.clone() for name, t in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
-    entry = {"file": file.name, "bytes": file.stat().st_size, "xxh3_128": artifact._checksum(file)}
+    entry = {"file": file.name, "bytes": file.stat().st_size, "xxh3_128": hub_files.file_checksum(file)}
     rewrite(folder, put("tensors", entry))
     refused(folder, model, tokenizer, sentence)
 
@@ -435,7 +435,7 @@ def test_hostile_tensors(case, folder, model, tokenizer):
 def test_a_file_that_is_no_safetensors(folder, model, tokenizer):
     file = tensors_file(folder)
     file.write_bytes(b"\x80\x04pickle" * 100)
-    entry = {"file": file.name, "bytes": file.stat().st_size, "xxh3_128": artifact._checksum(file)}
+    entry = {"file": file.name, "bytes": file.stat().st_size, "xxh3_128": hub_files.file_checksum(file)}
     rewrite(folder, put("tensors", entry))
     refused(folder, model, tokenizer, "is no file of tensors")
 

@@ -1,0 +1,1 @@
+"""Arguments and files that nobody should give: refused in one sentence, or served rightly."""
