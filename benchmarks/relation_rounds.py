@@ -70,7 +70,8 @@ def measure(job: Job, folder: Path) -> tuple[common.Cell, float]:
 
 
 def report(run: common.Run, plan: Sequence[Job]) -> None:
-    rows = []
+    rows, ran = [], run.ran([key_of(job) for job in plan])
+    plan = [job for job in plan if key_of(job) in run.cells]
     for name, share, action in dict.fromkeys(job[:3] for job in plan):
         cells = [run.cells[key_of(job)] for job in plan if job[:3] == (name, share, action)]
 
@@ -98,7 +99,7 @@ def report(run: common.Run, plan: Sequence[Job]) -> None:
         "2 less 1", "stable",
     ]  # fmt: skip
     run.report(
-        "Means over the seeds. Rounds: share of the wrong labels that are found / of the found ones that are wrong, %; "
+        f"{ran} Means over the seeds. Rounds: share of the wrong labels that are found / of the found ones that are wrong, %; "
         f"{MAX_ROUNDS} rounds at most. Then test accuracy in percent of a network trained on the labels as given, on "
         "what the rounds keep, and on the true labels; and the second round's gain (mean +- standard deviation).",
         common.table(header, rows),
