@@ -99,9 +99,10 @@ def report(run: common.Run, plan: Sequence[Job]) -> None:
         "2 less 1", "stable",
     ]  # fmt: skip
     run.report(
-        f"{ran} Means over the seeds. Rounds: share of the wrong labels that are found / of the found ones that are "
-        f"wrong, %; {MAX_ROUNDS} rounds at most. Then test accuracy in percent of a network trained on the labels as "
-        "given, on what the rounds keep, and on the true labels; and the second round's gain (mean +- standard deviation).",
+        f"{ran} Means over the seeds. Rounds, {MAX_ROUNDS} at most: share of the wrong labels that are found / of the "
+        "found ones that are wrong, in per cent. Then test accuracy, also in per cent, of a network trained on the labels "
+        "as given, on what the rounds keep, and on the true labels; and the second round's gain (mean +- standard "
+        "deviation).",
         common.table(header, rows),
     )
 
