@@ -100,7 +100,7 @@ def report(run: common.Run, plan: Sequence[Job]) -> None:
     ]  # fmt: skip
     run.report(
         f"{ran} Means over the seeds. Rounds, {MAX_ROUNDS} at most: share of the wrong labels that are found / of the "
-        "found ones that are wrong, in per cent. Then test accuracy, also in per cent, of a network trained on the labels "
+        "found ones that are wrong, in per cent. Then test accuracy, in per cent, of a network trained on the labels "
         "as given, on what the rounds keep, and on the true labels; and the second round's gain (mean +- standard "
         "deviation).",
         common.table(header, rows),
