@@ -16,6 +16,7 @@ html_title = f"dataopt {release}"
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
+smartquotes = False  # it would make a dash of --resume
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
