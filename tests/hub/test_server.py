@@ -290,7 +290,7 @@ def test_card_with_yaml(hub):
 from huggingface_hub import ModelCard
 api.create_repo("me/model")
 card = ModelCard("---\nlicense: apache-2.0\ntags: [kvzip, cache]\ndate: 2024-05-06\n---\n# A model\n")
-card.push_to_hub("me/model")
+api.upload_file(repo_id="me/model", path_in_repo="README.md", path_or_fileobj=str(card).encode())
 info = api.model_info("me/model")
 text = ModelCard.load("me/model").text
 bad = {"yaml": "---\ntags: [a\n---\n", "list": "---\n- a\n---\n", "tags": "---\ntags: a\n---\n", "none": "# no card\n"}

@@ -231,7 +231,7 @@ def test_a_resumed_run_is_the_straight_run(train, steps):
         (("--mixup-mode", "elem"), "--mixup comixup does not go with --mixup-mode elem: it has batch"),
         (("--mixup-mode", "pair"), "--mixup comixup does not go with --mixup-mode pair: it has batch"),
         (("--comixup-omega", 1.5), "--mixup comixup: omega=1.5 must lie in [0, 1]"),
-        (("--comixup-alpha", -1), "alpha=-1.0 must not be negative"),
+        (("--comixup-alpha", -1), "alpha=-1.0 leaves the Dirichlet prior undefined"),
         (("--comixup-partition", 0), "partition=0 must be a whole number of at least 1"),
         (("--comixup-outputs", 0), "outputs=0 must be a whole number of at least 1"),
         (("--comixup-grid", 5), "grid=5 does not divide inputs of size 32x32; grids that fit: 2, 4"),
