@@ -50,3 +50,10 @@ def test_continual_learning_on_pictures_of_a_folder(pictures, tmp_path):
     curves = json.loads((tmp_path / "continual.json").read_text())["curves"]
     assert list(curves) == ["ConvNet-3", "ResNet-10"]
     assert all(points["init"][0] == [2, 4] for points in curves.values())
+
+
+@pytest.mark.parametrize("action", ["drop", "relabel"])
+def test_rounds_of_cleaning_find_more(action, capsys):
+    found = load("refine_labels").main(action=action)
+    assert len(found) > 1 and found[1] > found[0]
+    assert capsys.readouterr().out.count("changed labels among") == len(found)
