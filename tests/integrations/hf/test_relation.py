@@ -15,7 +15,7 @@ from dataopt.integrations.hf import (
     model_outputs,
     save_relation_scores,
 )
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_from_disk
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -62,7 +62,7 @@ def digits() -> tuple[Dataset, Pixels, np.ndarray]:
     labels = np.where(wrong, (truth + rng.integers(1, 10, len(truth))) % 10, truth)
     fit = LogisticRegression(C=0.05, max_iter=200).fit(pixels / 16, labels)
     features = Features(
-        {"pixels": [Value("float32")], "label": ClassLabel(names=list("0123456789")), "truth": Value("int64")}
+        {"pixels": List(Value("float32")), "label": ClassLabel(names=list("0123456789")), "truth": Value("int64")}
     )
     dataset = Dataset.from_dict(
         {"pixels": list(pixels.astype("f")), "label": labels.tolist(), "truth": truth.tolist()}, features=features
