@@ -13,7 +13,7 @@ BENCH_EXTRAS ?= demo,hf,clean
 .NOTPARALLEL:
 
 help:
-	@echo "make demo    walk through all methods, into demo/report.html (ARGS=--quick: a third of the time)"
+	@echo "make demo    walk through all methods, into demo/report.html (ARGS=--quick: half the time)"
 	@echo "make test    run the whole suite, a process for each core"
 	@echo "make lint    ruff"
 	@echo "make types   mypy on the installed wheel"

@@ -73,7 +73,7 @@ def train(ctx: typer.Context) -> None:
 def demo(
     part: Annotated[Part, typer.Argument(help="One step alone.")] = Part.all,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the report and its pictures.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer sizes, in a third of the time.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed and fewer sizes, in about half the time.")] = False,
 ) -> None:
     """Find wrong labels, mix, condense, publish, question a compressed text, remember a conversation: one report."""
     with extra("demo"):
