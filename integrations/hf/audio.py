@@ -80,5 +80,5 @@ def read_wav(file: Any, name: str) -> Sound:
     else:
         wide = np.zeros((len(raw) // width, 4), dtype=np.uint8)
         wide[:, 4 - width :] = raw.reshape(-1, width)  # little-endian: into the upper bytes
-        samples = wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
+        samples = (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
     return samples.reshape(-1, channels).mean(1), rate
