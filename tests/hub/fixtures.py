@@ -1,6 +1,5 @@
 """The fixture `hub` and the helper that runs a client against it. A conftest imports the fixture by name."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,22 +27,9 @@ def run_client(hub: Hub, code: str, **env: str | None) -> str:
     RuntimeError
         If the snippet fails; the message is its standard error.
     """
-    # What the tester has set for the real Hub must not leak in, and neither may a proxy.
-    dropped = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "XDG_CACHE_HOME")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     with tempfile.TemporaryDirectory() as home:
-        given: dict[str, str | None] = {
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": hub.token,
-            "HF_HOME": home,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1" if hub.lfs else None,
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "*",
-            **env,
-        }
-        variables = {name: value for name, value in {**clean, **given}.items() if value is not None}
+        given: dict[str, str | None] = {**hub.environment(home), **env}
+        variables = {name: value for name, value in given.items() if value is not None}
         command = [sys.executable, "-c", textwrap.dedent(code)]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     if done.returncode != 0:

@@ -5,7 +5,6 @@ A process of its own, since huggingface_hub reads HF_ENDPOINT when it is importe
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,18 +28,13 @@ def there_and_back(folder: Path) -> tuple[Path, int]:
     with Hub() as hub:
         for action, where in (("push", folder), ("pull", pulled)):
             with tempfile.TemporaryDirectory() as home:
-                _run(hub, action, where, Path(home))
+                _run(hub, action, where, home)
         return pulled, sum(map(len, hub.files(REPO, "dataset").values()))
 
 
-def _run(hub: Hub, action: str, where: Path, home: Path) -> None:
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "DATASETS_"))}
-    given = {
-        "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*",
-    }  # fmt: skip
+def _run(hub: Hub, action: str, where: Path, home: str) -> None:
     command = [sys.executable, "-m", "dataopt.demo.publish", action, str(where)]
-    done = subprocess.run(command, env=ours | given, capture_output=True, text=True)
+    done = subprocess.run(command, env=hub.environment(home), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
 

@@ -7,6 +7,7 @@ HF_HUB_DISABLE_XET=1. Left out: Xet, multipart LFS, pagination, `expand`, pull r
 
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -79,6 +80,24 @@ class Hub:
         sent, in all others in the middle of the request, which then has no effect.
         """
         self._failures.append([re.compile(pattern), how, times])
+
+    def environment(self, home: str) -> dict[str, str]:
+        """All variables of a process that is a client of this Hub, signed in as `me`, with its cache in `home`.
+
+        It has to be another process, because huggingface_hub reads HF_ENDPOINT when imported. What is set for the real
+        Hub does not leak in, and neither does a proxy.
+        """
+        dropped = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "XDG_CACHE_HOME")
+        return {name: value for name, value in os.environ.items() if not name.startswith(dropped)} | {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": self.token,
+            "HF_HOME": home,
+            "HF_HUB_OFFLINE": "0",
+            **({"HF_HUB_DISABLE_XET": "1"} if self.lfs else {}),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "*",
+        }
 
     def repo(self, repo_id: str, repo_type: str = "model") -> Repo:
         return self.repos[repo_type, repo_id]
