@@ -328,7 +328,7 @@ def main() -> None:
     if args.quick:
         seeds, base_steps, steps, rows = (0,), dict.fromkeys(base_steps, 2), 1, 32
     settings = {"base_steps": base_steps, "steps": steps, "rows": rows, "rank": methods.RANK, "rate": methods.RATE}
-    run = common.start("ccm", "What a compressed memory remembers", args, 1, settings, WORKERS, PACKAGES)
+    run = common.start("ccm", "What a compressed memory remembers", args, 1, settings, WORKERS, PACKAGES, timed=False)
     plan = planned(seeds, base_steps, steps, rows, run.scratch)
     if args.quick:  # every kind of cell once
         plan = {key: job for key, job in plan.items() if key.startswith(QUICK)}

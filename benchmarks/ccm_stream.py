@@ -242,7 +242,9 @@ def main() -> None:
     if args.quick:
         seeds, setup = (0,), Setup(base_steps=2, adapter_steps=1, batch=2, tokens=600)
     settings = {**vars(setup), "vocabulary": VOCABULARY, "segment": SEGMENT, "segments": SEGMENTS, "comp_tokens": COMP}
-    run = common.start("ccm_stream", "Streaming with a compressed memory", args, 1, settings, WORKERS, PACKAGES)
+    run = common.start(
+        "ccm_stream", "Streaming with a compressed memory", args, 1, settings, WORKERS, PACKAGES, timed=False
+    )
     plan: dict[str, Job] = {f"seed {seed}": (streamed, (seed, setup, run.scratch)) for seed in seeds}
     run_cells(run, {key: plan[key] for key in run.missing(list(plan))}, args.minutes, WORKERS)
     report(run, list(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
 import json
@@ -36,7 +37,7 @@ class Run:
         title: first line of the report.
         settings: what the numbers depend on; cells of other settings are not kept.
         args: command line.
-        cells: finished ones.
+        cells: finished ones, each with the processor that it ran on.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Run:
         return self.cells[key]
 
     def store(self, key: str, result: Cell, seconds: float) -> None:
-        self.cells[key] = result | {"cell_seconds": round(seconds, 1), "date": _now()}
+        self.cells[key] = result | {"cell_seconds": round(seconds, 1), "date": _now(), "cpu": self.machine["cpu"]}
         content = {"settings": self.settings, "machine": self.machine, "cells": self.cells}
         write_whole(self.json_path, json.dumps(content, indent=1) + "\n")
         say(f"{key}: ran, {seconds:.1f} s")
@@ -82,15 +83,17 @@ class Run:
         """Print the parts and write them to ``NAME.md``, below the machine and above the date."""
         first, last = (min(c["date"] for c in self.cells.values()), max(c["date"] for c in self.cells.values()))
         seconds = sum(c["cell_seconds"] for c in self.cells.values())
-        head = [f"# {self.title}", self.machine_line(), f"Measured {first} to {last}, {seconds:.0f} s in all."]
+        cpus = collections.Counter(cell["cpu"] for cell in self.cells.values())
+        cpu = next(iter(cpus)) if len(cpus) == 1 else ", ".join(f"{name} ({n} cells)" for name, n in cpus.items())
+        head = [f"# {self.title}", self.machine_line(cpu), f"Measured {first} to {last}, {seconds:.0f} s in all."]
         text = "\n\n".join([*head, *parts]) + "\n"
         path = self.args.out / f"{self.name}.md"
         write_whole(path, text)
         print("\n" + text)
 
-    def machine_line(self) -> str:
+    def machine_line(self, cpu: str) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in self.machine["versions"].items() if v)
-        return f"{self.machine['cpu']}, {self.machine['processors']} processors, {self.machine['threads']}; {versions}."
+        return f"{cpu}, {self.machine['processors']} processors, {self.machine['threads']}; {versions}."
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -120,11 +123,12 @@ def start(
     settings: Cell,
     workers: int = 1,
     packages: Sequence[str] = PACKAGES,
+    timed: bool = True,
 ) -> Run:
     """Set the thread count, say where this runs, and read the cells that are there.
 
-    Cells of other settings, versions or processors are dropped: their numbers do not compare. Quick
-    runs take one thread, since they may share the machine.
+    Cells of other settings or versions are dropped, and where the numbers are times (``timed``) those of
+    another processor: they do not compare. Quick runs take one thread, since they may share the machine.
     """
     threads = 1 if args.quick else threads
     torch.set_num_threads(threads)
@@ -139,10 +143,15 @@ def start(
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
     }
     run = Run(name, title, settings | {"quick": args.quick}, args, machine)
-    print(f"{title}\n{run.machine_line()}\nLoad average {os.getloadavg()[0]:.2f}, {_now()}.")
+    print(f"{title}\n{run.machine_line(machine['cpu'])}\nLoad average {os.getloadavg()[0]:.2f}, {_now()}.")
     if run.json_path.exists() and not args.fresh:
         stored = json.loads(run.json_path.read_text())
-        other = [part for part in ("settings", "machine") if stored[part] != json.loads(json.dumps(getattr(run, part)))]
+        for cell in stored["cells"].values():
+            cell.setdefault("cpu", stored["machine"]["cpu"])
+        here = json.loads(json.dumps({"settings": run.settings, "machine": machine}))
+        if not timed:
+            stored["machine"]["cpu"] = machine["cpu"]
+        other = [part for part in here if stored[part] != here[part]]
         if other:
             say(f"the results that are there come from other {' and '.join(other)}; measuring all cells anew")
         else:

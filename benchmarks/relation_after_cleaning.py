@@ -138,7 +138,9 @@ def main() -> None:
     plan = [(t, m) for t in data.tasks(groups, seeds) for m in (SHORT if t.data == "cifar10" else METHODS)]
     settings = {"samples": [t.settings for t in data.tasks(groups, seeds)], "methods": METHODS}
     title = "Accuracy after cleaning"
-    run = common.start("relation_after_cleaning", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES)
+    run = common.start(
+        "relation_after_cleaning", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES, timed=False
+    )
     missing = {f"{t.name}: {m}": (t, m) for t, m in plan if f"{t.name}: {m}" not in run.cells}
     data.check(args.data, [t for t, _ in missing.values()])
     ordered = sorted(missing.items(), key=lambda item: item[1][0].data != "cifar10")  # the longest first

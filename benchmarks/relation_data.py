@@ -589,7 +589,7 @@ def main() -> None:
         wanted = tasks((*QUICK_LABELS, *QUICK_OUTLIERS), (0,))
     settings = {"recipe": [task.settings for task in wanted]}
     title = "The samples of the relation benchmarks"
-    run = common.start("relation_data", title, args, 1, settings, workers=WORKERS, packages=PACKAGES)
+    run = common.start("relation_data", title, args, 1, settings, workers=WORKERS, packages=PACKAGES, timed=False)
     missing = [task for task in wanted if task.name not in run.cells or not kept(task, run.scratch)]
     check(args.data, missing)
     if args.fresh:

@@ -399,7 +399,9 @@ def main() -> None:
         "temperatures": TEMPERATURES, "parts": PARTS, "checkpoints": CHECKPOINTS,
     }  # fmt: skip
     title = "Wrong labels: relation graph and other scores"
-    run = common.start("relation_labels", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES)
+    run = common.start(
+        "relation_labels", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES, timed=False
+    )
     missing = {key: jobs[key] for key in run.missing(list(jobs))}
     data.check(args.data, [task for _, task in missing.values() if not data.kept(task, run.scratch)])
     data.in_processes(run, measure, {key: (*job, args.data, run.scratch) for key, job in missing.items()})

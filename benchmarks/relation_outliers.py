@@ -221,7 +221,9 @@ def main() -> None:
         "neighbours": NEIGHBOURS, "rows": data.SCORED,
     }  # fmt: skip
     title = "Outliers: relation graph and other scores"
-    run = common.start("relation_outliers", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES)
+    run = common.start(
+        "relation_outliers", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES, timed=False
+    )
     missing = [task for task in wanted if task.name not in run.cells]
     data.check(args.data, [task for task in missing if not data.kept(task, run.scratch)])
     data.in_processes(run, measure, {task.name: (task, args.data, run.scratch, subsets) for task in missing})

@@ -114,7 +114,9 @@ def main() -> None:
     plan = QUICK if args.quick else PLAN
     settings = {"rounds": MAX_ROUNDS, "recipes": {n: RECIPES[n].settings for n in ("digits", "fsdd")}}
     title = "Rounds of cleaning and training"
-    run = common.start("relation_rounds", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES)
+    run = common.start(
+        "relation_rounds", title, args, 1, settings, workers=data.WORKERS, packages=PACKAGES, timed=False
+    )
     if any(job[0] == "fsdd" for job in plan):
         data.check(args.data, [data.Task("fsdd", "uniform", 0.08, 0)])
     jobs = {key_of(job): (job, args.data) for job in plan if key_of(job) not in run.cells}

@@ -199,6 +199,24 @@ def test_targets_are_judged_in_words(scripts):
     assert common.verdict("a ratio", 1.79, most=1.8).endswith("met.")
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_times_of_another_processor_are_dropped_and_accuracies_kept(scripts, tmp_path, monkeypatch, timed):
+    common = scripts["common"]
+    args = types.SimpleNamespace(quick=True, fresh=False, out=tmp_path)
+
+    def begun(cpu):
+        monkeypatch.setattr(common, "_cpu", lambda: cpu)
+        return common.start("kept", "Kept cells", args, 1, {}, timed=timed)
+
+    begun("Alpha").cell("first", lambda: {"accuracy": 1.0})
+    second = begun("Beta")
+    second.cell("second", lambda: {"accuracy": 2.0})
+    second.report()
+    line = (tmp_path / "kept.md").read_text().splitlines()[2]
+    assert line.startswith("Beta, " if timed else "Alpha (1 cells), Beta (1 cells), ")
+    assert list(begun("Beta").cells) == (["second"] if timed else ["first", "second"])
+
+
 def test_kvzip_quality(run, results):
     cells, text = run("kvzip_quality")
     ours, others = (cells[f"short lines 0: {name}"]["0.3"]["codes"]["nll"] for name in ("KVzip", "PyramidKV-like"))
