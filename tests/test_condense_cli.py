@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from dataopt.cli import app
 from dataopt.condense_commands import Network, verdict
 from dataopt.core.condense import Condensed, Condenser, ConvNet, Score, Scores, evaluate, initial
 from dataopt.images import read_images
-from dataopt.integrations.hf import save_condensed
+from dataopt.integrations.hf import read_condensed, save_condensed
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
@@ -86,23 +87,27 @@ def test_the_folder_holds_what_the_condenser_makes(condensed, parts):
     assert record["source"]["split"] == "train" and record["network"] == {"name": "convnet", "depth": None, "width": 4}
 
 
-def test_eval_prints_and_writes_what_evaluate_says(condensed, parts):
+def test_eval_prints_and_writes_what_evaluate_says(condensed, parts, tmp_path):
     result = run("eval", condensed, "--seeds", 2, "--steps", 3, "--device", "cpu")
     assert result.exit_code == 0, result.output
     network = Network("convnet", width=4).build((1, 8, 8), 3)
-    expected = evaluate(Condensed.load(condensed), *parts, {"convnet": network}, seeds=(0, 1), steps=3)
+    settings = {"model_fn": {"convnet": network}, "seeds": (0, 1), "steps": 3}
+    expected = evaluate(Condensed.load(condensed), *parts, **settings)
+    eight_bits = save_condensed(Condensed.load(condensed), tmp_path / "published")
+    (png,) = evaluate(read_condensed(eight_bits), *parts, **settings, baselines=()).rows
+    expected = replace(expected, rows=(*expected.rows, replace(png, data="condensed, 8 bits")))
     written = json.loads((condensed / "scores.json").read_text())
     assert [(r["data"], tuple(r["accuracies"])) for r in written["rows"]] == [
         (r.data, r.accuracies) for r in expected.rows
     ]
-    assert [r["stored"] for r in written["rows"]] == [3] * 4 and written["test_images"] == 30
+    assert [r["stored"] for r in written["rows"]] == [3] * 5 and written["test_images"] == 30
     assert str(expected) in result.output and verdict(expected) in result.output
     assert written["test"]["split"] == "test" and written["seeds"] == [0, 1]
     networks = ("--network", "convnet", "--network", "timm:test_resnet")
     several = run("eval", condensed, "--seeds", 1, "--steps", 1, *networks)
     assert several.exit_code == 0, several.output
     rows = json.loads((condensed / "scores.json").read_text())["rows"]
-    assert {r["network"] for r in rows} == {"convnet", "timm:test_resnet"} and len(rows) == 8
+    assert {r["network"] for r in rows} == {"convnet", "timm:test_resnet"} and len(rows) == 10
 
 
 def test_a_stopped_run_goes_on_and_more_steps_are_the_long_run(folder, condensed, tmp_path, monkeypatch):
@@ -239,7 +244,7 @@ def test_results_and_scores_go_to_the_hub(hub, folder, tmp_path):
         print((found.images == Condensed.load({out!r}).images).all().item(), found.label_names)
         print(HfApi().repo_info("me/few", repo_type="dataset").private)
         card = open(hf_hub_download("me/few", "README.md", repo_type="dataset")).read()
-        print("license: mit" in card, "herding" in card)
+        print("license: mit" in card, "herding" in card and "condensed, 8 bits" in card)
     """
     hub.lfs = True
     lines = run_client(hub, code).splitlines()

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from .devices import find_device
 from .images import find_images, read_images
 from .integrations.hf import hub
 from .integrations.hf.condensed import is_published
+from .integrations.hf.condensed_images import as_png
 from .integrations.hf.inputs import read_labels
 from .out_folder import WORK, claimed
 from .sources import find_labels, find_source, load_source, split_names
 
 KIND, VERSION, RECORD = "dataopt-condense", 1, "record.json"
+PNG_ROW = "condensed, 8 bits"  # a score of the PNG images that a publication holds
 _ROWS, _COLUMNS = 20, (10, 16)  # classes, and stored and decoded pictures of each, on a contact sheet at most
 _SIDE = 128  # pixels of each at most
 _HELD_SEED = 0
@@ -214,10 +216,17 @@ def evaluate_folder(
         y = _class_ids(data, labels if labels in data.column_names else find_labels(data), names)
     if held.shape[1:] != pictures.images.shape[1:]:
         raise ValueError(f"test images are {_shape(held)} and those condensed {_shape(pictures.images)}; resize them")
-    scores = evaluate(
-        condensed, (pictures.images, pictures.labels), (held, y), fns, seeds=range(seeds), steps=steps, epochs=epochs,
-        same_compute=same_compute, device=place,
-    )  # fmt: skip
+    train = pictures.images, pictures.labels
+
+    def evaluated(data: Condensed, **more: Any) -> Scores:
+        return evaluate(
+            data, train, (held, y), fns, seeds=range(seeds), steps=steps, epochs=epochs, same_compute=same_compute,
+            device=place, **more,
+        )  # fmt: skip
+
+    scores = evaluated(condensed)
+    rounded = [replace(row, data=PNG_ROW) for row in evaluated(as_png(condensed), baselines=()).rows]
+    scores = replace(scores, rows=(*scores.rows, *rounded))
     print(f"{len(held):,} test images; accuracy after the last step, mean and spread over {_seeds(seeds)}:\n")
     print(scores)
     print("\n" + verdict(scores))

@@ -1,4 +1,4 @@
-"""Mixing in two processes under both hosts; run as a program by test_mixing.py."""
+"""Mixing in two processes under both hosts, and the condensed data module; run as a program by test_mixing.py."""
 
 import os
 import sys
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from dataopt.integrations.hf import mixup_trainer
-from dataopt.integrations.lightning import CoMixupCallback
+from dataopt.integrations.lightning import CoMixupCallback, CondensedDataModule
 
 from .hf.test_mixup import Images, arguments, tiny_vit
+from .lightning import test_condensed
 from .lightning.test_mixup import CLASSES, Net, fit
 
 
@@ -28,11 +29,22 @@ def with_transformers(out: Path) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
+def with_condensed(out: Path) -> dict[str, list]:
+    """What this process trained on in an epoch, step by step, plain and augmented."""
+    seen = {}
+    for augment in (False, True):
+        data = CondensedDataModule(str(out / "set"), batch_size=4, config="exact", seed=5, augment=augment)
+        net = test_condensed.fit(out, data, net=test_condensed.Net(), devices=2, strategy="ddp")
+        seen["augmented" if augment else "plain"] = net.seen
+    return seen
+
+
 def work(rank: int, out: Path, port: int) -> None:
     torch.set_num_threads(1)
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
-    torch.save({"hf": with_transformers(out), "lightning": with_lightning(out)}, out / f"{rank}.pt")
+    found = {"hf": with_transformers(out), "lightning": with_lightning(out), "condensed": with_condensed(out)}
+    torch.save(found, out / f"{rank}.pt")
 
 
 if __name__ == "__main__":

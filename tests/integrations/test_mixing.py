@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dataopt.core.condense.evaluate import training_augment
 from dataopt.core.mixup import CoMixup, CutMix, PuzzleMix, augmix, clean_loss, saliency
+from dataopt.integrations.hf import save_condensed
 from dataopt.integrations.mixing import (
     Means,
     Mixing,
@@ -20,6 +22,7 @@ from dataopt.integrations.mixing import (
     source_shares,
 )
 
+from .condensed_data import condensed
 from .hf.test_mixup import tiny_vit
 from .lightning.test_mixup import CLASSES, Net
 
@@ -135,10 +138,11 @@ def test_other_methods_are_refused():
         Mixing("puzzle")
 
 
-def test_two_processes_end_with_the_same_parameters(tmp_path):
+def test_two_processes_end_with_the_same_parameters_and_share_the_condensed_images(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    save_condensed(condensed(), tmp_path / "set")
     command = [sys.executable, "-m", "tests.integrations.mixup_processes", tmp_path, str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True, timeout=200)
@@ -148,3 +152,13 @@ def test_two_processes_end_with_the_same_parameters(tmp_path):
         for name in dict(start.named_parameters()):
             assert torch.equal(first[host][name], second[host][name]), (host, name)
         assert any(not torch.equal(first[host][name], value) for name, value in start.named_parameters())
+    x, y = condensed().decode(normalised=True)
+    places = []
+    for rank, seen in enumerate((first["condensed"], second["condensed"])):
+        for step, ((clean, labels), (changed, same)) in enumerate(zip(seen["plain"], seen["augmented"], strict=True)):
+            place = torch.cdist(clean.flatten(1), x.flatten(1)).argmin(1)
+            assert torch.allclose(clean, x[place], atol=1e-6) and torch.equal(labels, y[place])
+            augment, draws = training_augment(condensed()), batch_generator(5, step, rank)
+            assert torch.equal(changed, augment(clean, generator=draws)) and torch.equal(labels, same)
+            places.append(place)
+    assert torch.equal(torch.cat(places).bincount(), torch.ones(len(x), dtype=torch.int64))  # an epoch, shared
