@@ -26,6 +26,8 @@ import endurance_commands as of
 import synthetic
 import torch
 import torch.nn.functional as F
+from endurance_kills import OUT, Command, kills, straight, wait
+from endurance_review import review
 from torch import nn
 
 KILLS = 20
@@ -154,7 +156,7 @@ def memory(name: str, folder: Path, divide: int) -> common.Cell:
             traceback.print_exc()
         finally:
             os._exit(0 if result.exists() else 1)
-    if of.wait(pid):
+    if wait(pid):
         raise RuntimeError(f"the loop of {name} failed")
     read = json.loads(result.read_text())
     first, last = read[str(counts[0])], read[str(counts[-1])]
@@ -169,12 +171,12 @@ def killed(name: str, folder: Path, times: int, quick: bool) -> common.Cell:
     command = of.commands(quick)[name]
     place = folder / name.replace(" ", "-")
     place.mkdir(parents=True, exist_ok=True)
-    expected = of.straight(command, folder / "inputs", place)
+    expected = straight(command, folder / "inputs", place)
     found = {
-        kind: of.kills(command, folder / "inputs", place, count, kind, expected).cell()
+        kind: kills(command, folder / "inputs", place, count, kind, expected).cell()
         for kind, count in (("time", times - times // 2), ("file", times // 2))
     }
-    shutil.rmtree(place / of.OUT, ignore_errors=True)
+    shutil.rmtree(place / OUT, ignore_errors=True)
     return {"seconds": round(expected.seconds, 1), "operations": expected.operations, "values": len(expected.result),
             **found}  # fmt: skip
 
@@ -183,11 +185,11 @@ def reviewed(folder: Path, times: int, quick: bool) -> common.Cell:
     command = of.commands(quick)["dataopt clean"]
     place = folder / "review"
     place.mkdir(parents=True, exist_ok=True)
-    of.straight(command, folder / "inputs", place)
-    return of.review(place / of.OUT, place, times)
+    straight(command, folder / "inputs", place)
+    return review(place / OUT, place, times)
 
 
-def rows_of_kills(run: common.Run, commands: dict[str, of.Command]) -> list[list[object]]:
+def rows_of_kills(run: common.Run, commands: dict[str, Command]) -> list[list[object]]:
     rows: list[list[object]] = []
     for name, command in commands.items():
         cell = run.cells.get(f"kill {name}")
@@ -220,7 +222,7 @@ def main() -> None:
             of.make_inputs(folder / "inputs")
         for name in commands:
             run.cell(f"kill {name}", partial(killed, name, folder, times, args.quick))
-        review = run.cell(f"kill {REVIEW}", partial(reviewed, folder, times, args.quick))
+        reviews = run.cell(f"kill {REVIEW}", partial(reviewed, folder, times, args.quick))
         for name in LOOPS:
             run.cell(f"memory {name}", partial(memory, name, folder, divide))
     head = [
@@ -234,7 +236,7 @@ def main() -> None:
         "temporary files",
     ]
     rows = rows_of_kills(run, commands)
-    lost = "yes" if not review["lost"] + review["unasked"] and review["equal"] else "NO"
+    lost = "yes" if not reviews["lost"] + reviews["unasked"] and reviews["equal"] else "NO"
     loops = []
     for name, (_, counts) in LOOPS.items():
         cell = run.cells[f"memory {name}"]
@@ -250,8 +252,8 @@ def main() -> None:
         "left alone, value by value (tensors, tables, pictures, losses) and bit for bit. Temporary files are those "
         "that lay hidden in finished folders; the next write of the same file a day later removes them.",
         common.table(head, rows),
-        f"{REVIEW}: {review['landed']} kills under {review['decided']:,} decisions that the server had confirmed; "
-        f"{review['lost']} of them lost, {review['unasked']} stored that nobody made; the data set that is written "
+        f"{REVIEW}: {reviews['landed']} kills under {reviews['decided']:,} decisions that the server had confirmed; "
+        f"{reviews['lost']} of them lost, {reviews['unasked']} stored that nobody made; the data set that is written "
         f"afterwards is that of a review without kills: {lost}.",
         f"Resident set in MiB, each loop in a process of its own, after a garbage collection and malloc_trim; flat is "
         f"a growth below {FLAT:g} MiB:",

@@ -1,82 +1,30 @@
-"""The long commands as ``endurance.py`` runs them: tiny inputs, how each goes on, and what must be equal afterwards.
-
-A command runs in a child that is forked from a process which has imported everything, so that a random moment of it is
-one of its work and not of an import. What kills it is a real SIGKILL: from outside at a random time, or from inside
-just before one of its file operations in the output folder, where half-written files come from.
-"""
+"""The long commands as ``endurance.py`` runs them: tiny inputs, how each goes on, and what must be equal afterwards."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import http.client
 import importlib
 import json
 import os
-import random
-import re
-import shutil
-import signal
-import sys
-import threading
-import time
 import traceback
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from endurance_kills import Command, Result, wait
 from PIL import Image
 from safetensors import safe_open
 
 MODULES = (
-    *(
-        "clean",
-        "ccm_commands",
-        "condense_commands",
-        "kvzip_commands",
-        "review.server",
-        "review.export",
-        "review.folder",
-    ),
-    *("review.decisions", "integrations.timm.loop", "integrations.timm.train", "core.relation.tiles", "plots"),
+    *("clean", "ccm_commands", "condense_commands", "kvzip_commands", "core.relation.tiles", "plots"),
+    *("review.server", "review.export", "review.folder", "review.decisions"),
+    *("integrations.timm.loop", "integrations.timm.train"),
 )
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_EVENTS = ("os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir")
-OUT = "out"  # the same for all runs: its name stands in reports and configurations
 CLASSES = ("nought", "one", "two")
-
-Result = dict[str, str]  # what is compared, by name: hashes, or the texts themselves
-
-
-@dataclass(frozen=True)
-class Command:
-    """How to start a command, to go on with it after a kill, and what it leaves.
-
-    Attributes:
-        promise: what its page says about a stopped run.
-        start: arguments, with the folder of the result as ``{out}`` and that of the inputs as ``{inputs}``.
-        again: more arguments for a folder in which a run was killed.
-        result: of a finished folder.
-        whole: raises where a killed run left a result that would be taken for a whole one and is not.
-    """
-
-    name: str
-    promise: str
-    start: tuple[str, ...]
-    again: Callable[[Path], tuple[str, ...]]
-    result: Callable[[Path], Result]
-    whole: Callable[[Path], None] = lambda out: None
-
-    def arguments(self, inputs: Path, out: Path) -> list[str]:
-        return [part.format(inputs=inputs, out=out) for part in self.start]
-
-
-# Children
 
 
 def import_all() -> None:
@@ -85,197 +33,10 @@ def import_all() -> None:
         importlib.import_module(f"dataopt.{name}")
 
 
-def begin(argv: list[str], out: Path, log: Path, die_at: int | None = None, count: Path | None = None) -> int:
-    """Fork a child that runs the command, and return its number.
-
-    Args:
-        out: folder whose file operations are counted.
-        log: where its output goes.
-        die_at: the operation before which it kills itself.
-        count: file for the number of operations of a run that comes to its end.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        seen = _watch(out, die_at)
-        with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            code = _call(argv)
-        if count:
-            count.write_text(str(seen[0]))
-    finally:
-        os._exit(code)
-
-
-def _call(argv: list[str]) -> int:
-    from dataopt.cli import main
-
-    try:
-        main(argv)
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else bool(e.code)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def _watch(out: Path, die_at: int | None) -> list[int]:
-    """Count the operations that write below a folder, in this process; at one of them it dies."""
-    seen, root = [0], str(out)
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = args
-            if not (isinstance(path, str) and path.startswith(root) and flags & _WRITING):
-                return
-        elif event in _EVENTS:
-            relative = event in ("os.remove", "os.rmdir") and args[1] != -1  # shutil.rmtree, below an open folder
-            if not relative and not any(isinstance(a, str | Path) and str(a).startswith(root) for a in args[:2]):
-                return
-        else:
-            return
-        seen[0] += 1
-        if seen[0] == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    return seen
-
-
-def wait(pid: int, seconds: float | None = None) -> int:
-    """The exit code of a child, negative for a signal; after so many seconds it is killed."""
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while deadline is not None:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= deadline:
-            os.kill(pid, signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-# Kills
-
-
-@dataclass(frozen=True)
-class Straight:
-    """An uninterrupted run: its result, its seconds, and the number of its file operations."""
-
-    result: Result
-    seconds: float
-    operations: int
-
-
-@dataclass
-class Tally:
-    """What came of the kills of one command.
-
-    Attributes:
-        landed: kills while it ran.
-        finished: runs that came to an end after kills, and were compared.
-        unequal: names of what differed, for each of them where something did.
-        refused: last lines of runs that would not go on.
-        torn: results that a kill had left and that were not whole.
-        leftovers: hidden temporary files that lay in finished folders.
-        worst: the most kills that one finished run had survived.
-    """
-
-    landed: int = 0
-    finished: int = 0
-    unequal: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    torn: list[str] = field(default_factory=list)
-    leftovers: int = 0
-    worst: int = 0
-
-    def cell(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-def straight(command: Command, inputs: Path, folder: Path) -> Straight:
-    """Run it to its end, without a kill."""
-    out, log, count = folder / OUT, folder / "straight.log", folder / "count"
-    shutil.rmtree(out, ignore_errors=True)
-    begun = time.monotonic()
-    code = wait(begin(command.arguments(inputs, out), out, log, count=count))
-    seconds = time.monotonic() - begun
-    if code:
-        raise RuntimeError(f"{command.name} failed without a kill:\n{log.read_text()[-2000:]}")
-    return Straight(command.result(out), seconds, int(count.read_text()))
-
-
-def kills(
-    command: Command, inputs: Path, folder: Path, times: int, kind: str, expected: Straight, seed: int = 0
-) -> Tally:
-    """Kill a command, go on with it, kill it again; compare whatever comes to its end.
-
-    Args:
-        times: kills that have to land.
-        kind: ``"time"``: at a random time of the uninterrupted run; ``"file"``: before a random one of its file
-            operations.
-    """
-    draw, tally, survived = random.Random(seed), Tally(), 0
-    out, log = folder / OUT, folder / f"{kind}.log"
-    shutil.rmtree(out, ignore_errors=True)
-    while tally.landed < times or survived:
-        more: tuple[str, ...] = ()
-        if out.is_dir() and any(out.iterdir()):
-            with _noted(tally.torn):
-                command.whole(out)
-            more = command.again(out)
-        argv = [*command.arguments(inputs, out), *more]
-        last = tally.landed >= times  # the last run goes to its end
-        at = draw.randint(1, expected.operations) if kind == "file" and not last else None
-        pid = begin(argv, out, log, die_at=at)
-        code = wait(pid, draw.uniform(0, expected.seconds) if kind == "time" and not last else None)
-        if code == -signal.SIGKILL:
-            tally.landed += 1
-            survived += 1
-            continue
-        if code:
-            lines = log.read_text().strip().splitlines()
-            tally.refused.append(lines[-1][-300:] if lines else f"exit code {code}")
-        else:
-            tally.finished += 1
-            tally.worst = max(tally.worst, survived)
-            with _noted(tally.unequal):
-                different = unequal(expected.result, command.result(out))
-                tally.unequal += [", ".join(different)[:300]] if different else []
-            tally.leftovers += len(leftovers(out))
-        shutil.rmtree(out)
-        survived = 0
-    return tally
-
-
-@contextmanager
-def _noted(where: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as e:
-        where.append(f"{type(e).__name__}: {e}"[:300])
-
-
-def unequal(one: Result, other: Result) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def leftovers(out: Path) -> list[Path]:
-    """Temporary files of ``whole_file`` that a kill has left."""
-    return [p for p in out.rglob(".*") if p.is_file() and len(p.suffix) == 9]  # .NAME.EXT.xxxxxxxx
-
-
 # Results
 
 
-def _hash(content: bytes) -> str:
+def short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -285,7 +46,7 @@ def of_tensors(path: Path) -> Result:
 
 
 def _of_tensor(t: torch.Tensor) -> str:
-    return f"{t.dtype} {tuple(t.shape)} {_hash(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())}"
+    return f"{t.dtype} {tuple(t.shape)} {short_hash(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())}"
 
 
 def _walk(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -318,7 +79,7 @@ def _train_again(out: Path) -> tuple[str, ...]:
 
 def _clean_result(out: Path) -> Result:
     names = ("scores.parquet", "relations.parquet", "map.parquet", "items.parquet", "cleaned/train.parquet")
-    return {name: _hash((out / name).read_bytes()) for name in (*names, "report.html", "record.json")}
+    return {name: short_hash((out / name).read_bytes()) for name in (*names, "report.html", "record.json")}
 
 
 def _condense_result(out: Path) -> Result:
@@ -326,7 +87,7 @@ def _condense_result(out: Path) -> Result:
 
     Condensed.load(out)
     found = {k.partition(":")[2]: v for p in out.glob("condensed-*.safetensors") for k, v in of_tensors(p).items()}
-    pictures = {name: _hash((out / name).read_bytes()) for name in ("condensed.png", "changed.png", "record.json")}
+    pictures = {name: short_hash((out / name).read_bytes()) for name in ("condensed.png", "changed.png", "record.json")}
     named = json.loads((out / "work" / "checkpoint-0of1.json").read_text())["tensors"]["file"]
     saved = {k.partition(":")[2]: v for k, v in of_tensors(out / "work" / named).items()}
     return found | pictures | {f"checkpoint {name}": v for name, v in saved.items()}
@@ -344,7 +105,7 @@ def _kvzip_result(out: Path) -> Result:
     record = json.loads((out / "kvzip.json").read_text())
     tensors = {k.partition(":")[2]: v for k, v in of_tensors(out / record["tensors"]["file"]).items()}
     rest = {k: repr(v) for k, v in record.items() if k not in ("tensors", "checksum")}
-    return tensors | rest | {"kept.png": _hash((out / "kept.png").read_bytes())}
+    return tensors | rest | {"kept.png": short_hash((out / "kept.png").read_bytes())}
 
 
 def _kvzip_whole(out: Path) -> None:
@@ -367,40 +128,31 @@ def _always(*more: str) -> Callable[[Path], tuple[str, ...]]:
 def commands(quick: bool = False) -> dict[str, Command]:
     """By name; ``quick`` takes fewer steps."""
     steps, epochs = ("104", "2") if quick else ("220", "3")
-    model = ("--model", "{inputs}/language", "--device", "cpu")
+    model = "--model {inputs}/language --device cpu"
     train = (
-        *(
-            "train",
-            "--data-dir",
-            "{inputs}/pictures",
-            "--model",
-            "test_resnet",
-            "--num-classes",
-            "3",
-            "--img-size",
-            "32",
-        ),
-        *("--batch-size", "8", "--epochs", epochs, "--warmup-epochs", "0", "--lr", "0.05", "--device", "cpu"),
-        *("--workers", "0", "--mixup", "puzzle", "--output", "{out}", "--experiment", "run"),
+        "train --data-dir {inputs}/pictures --model test_resnet --num-classes 3 --img-size 32 --batch-size 8 "
+        f"--epochs {epochs} --warmup-epochs 0 --lr 0.05 --device cpu --workers 0 --mixup puzzle "
+        "--output {out} --experiment run"
     )
     ccm = (
-        *("ccm", "train", "{inputs}/talks.jsonl", *model, "--out", "{out}", "--steps", "10", "--batch-size", "4"),
-        *("--micro-batch", "4", "--test-rows", "4", "--lr", "0.01", "--comp-tokens", "1", "--full-context-steps", "4"),
+        "ccm train {inputs}/talks.jsonl --out {out} "
+        f"{model} --steps 10 --batch-size 4 --micro-batch 4 --test-rows 4 --lr 0.01 --comp-tokens 1 "
+        "--full-context-steps 4"
     )
     all_of_them = (
         Command("dataopt train", "a resumed run goes on with the draws that it would have made", train, _train_again,
                 _train_result),
         Command("dataopt clean", "a killed run goes on there with equal outputs; bitwise equal sums",
-                ("clean", "{inputs}/reviews.csv", "--model", "{inputs}/text", "--out", "{out}", "--batch-size", "8"),
-                _always("--resume"), _clean_result),
+                "clean {inputs}/reviews.csv --model {inputs}/text --out {out} --batch-size 8", _always("--resume"),
+                _clean_result),
         Command("dataopt condense", "the same result, bit for bit",
-                ("condense", "{inputs}/pictures", "--images-per-class", "1", "--width", "4", "--steps", steps, "--init",
-                 "centres", "--device", "cpu", "--out", "{out}"), _always("--resume"), _condense_result),
+                "condense {inputs}/pictures --out {out} --images-per-class 1 --width 4 --init centres --device cpu "
+                f"--steps {steps}", _always("--resume"), _condense_result),
         Command("dataopt ccm train", "goes on from its last checkpoint; no word on bits", ccm, _always("--resume"),
                 _ccm_result),
         Command("dataopt kvzip compress", "no --resume; until the end an older save stays the valid one",
-                ("kvzip", "compress", "{inputs}/note.txt", *model, "--out", "{out}"), _always("--overwrite"),
-                _kvzip_result, _kvzip_whole),
+                "kvzip compress {inputs}/note.txt --out {out} " + model, _always("--overwrite"), _kvzip_result,
+                _kvzip_whole),
     )  # fmt: skip
     return {command.name: command for command in all_of_them}
 
@@ -490,89 +242,3 @@ def language_model() -> Any:
     model = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None  # answers of one length
     return model
-
-
-# Decisions of a review
-
-
-def review(folder: Path, work: Path, times: int, seed: int = 0) -> dict[str, Any]:
-    """Decide over HTTP while the server is killed at a random moment, and start it again, so many times.
-
-    Args:
-        folder: of ``dataopt clean``.
-
-    Returns:
-        ``landed`` kills, ``decided`` answers that had come, ``lost`` ones among them that the file lacked, ``unasked``
-        ones that it holds and nobody made, and whether the data set that is written at the end is the one of a review
-        without kills.
-    """
-    from dataopt.review.decisions import Decisions, open_decisions
-    from dataopt.review.folder import read_folder
-
-    draw, out = random.Random(seed), work / "killed"
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(folder, out)
-    read = read_folder(out)
-    rows, given = read.suspects.tolist(), read.scores["given_label"].to_dict()
-    acked: dict[int, tuple[str, int | None]] = {}
-    found = {"landed": 0, "decided": 0, "lost": 0, "unasked": 0, "suspects": len(rows)}
-    while found["landed"] < times:
-        log = work / "review.log"
-        log.unlink(missing_ok=True)
-        pid = begin(["review", str(out)], out, log)
-        sent, stop = dict(acked), threading.Event()
-        caller = threading.Thread(target=_decide, args=(log, rows, given, sent, acked, stop, draw.random(), found))
-        caller.start()
-        while not stop.is_set() and not os.waitpid(pid, os.WNOHANG)[0]:
-            if log.exists() and "Ctrl+C" in log.read_text():
-                break
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.4))
-        os.kill(pid, signal.SIGKILL)
-        wait(pid)
-        stop.set()
-        caller.join()
-        found["landed"] += 1
-        store = open_decisions(out, given)
-        held = {row: (d.action, d.label) for row, d in store.all().items()}
-        store.close()
-        found["lost"] += sum(held.get(row) not in (value, sent[row]) for row, value in acked.items())
-        found["unasked"] += sum(sent.get(row) != value and acked.get(row) != value for row, value in held.items())
-        acked = held  # a decision in flight may or may not have been written
-    plain = work / "plain"
-    shutil.rmtree(plain, ignore_errors=True)
-    shutil.copytree(folder, plain)
-    store = Decisions(plain / "decisions.sqlite")
-    for row, (action, label) in acked.items():
-        store.decide(row, given[row], action, label)
-    store.close()
-    written = []
-    for one in (out, plain):
-        code = wait(begin(["review", str(one), "--export", str(one / "new")], one, work / "export.log"))
-        written.append((code, _hash((one / "new" / "train.parquet").read_bytes()) if not code else ""))
-    return found | {"equal": written[0] == written[1] and written[0][0] == 0, "rows_decided": len(acked)}
-
-
-def _decide(
-    log: Path, rows: list[int], given: dict[int, int], sent: dict[int, Any], acked: dict[int, Any],
-    stop: threading.Event, seed: float, found: dict[str, Any],
-) -> None:  # fmt: skip
-    """Decide as fast as the server answers."""
-    draw = random.Random(seed)
-    while not (log.exists() and (at := re.search(r"http://\S+?/\?token=\S+", log.read_text()))):
-        if stop.wait(0.005):
-            return
-    host = at[0].partition("/?")[0]
-    with suppress(OSError, http.client.HTTPException):
-        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-        opener.open(at[0], timeout=5).read()
-        while not stop.is_set():
-            row = draw.choice(rows)
-            action = draw.choice(("keep", "drop", "relabel"))
-            label = 1 - given[row] if action == "relabel" else None
-            sent[row] = (action, label)
-            body = json.dumps({"row": row, "action": action, "label": label}).encode()
-            asked = urllib.request.Request(f"{host}/decide", body, {"Origin": host, "Content-Type": "application/json"})
-            opener.open(asked, timeout=5).read()
-            acked[row] = sent[row]
-            found["decided"] += 1

@@ -26,7 +26,8 @@ NAMES = (
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
     *("relation_rounds", "relation_speed", "mixup_methods", "mixup", "mixup_text"),
-    *("condense_data", "condense", "condense_speed", "endurance_commands", "endurance"),
+    *("condense_data", "condense", "condense_speed", "endurance_kills", "endurance_commands", "endurance_review"),
+    "endurance",
     *("ccm_tasks", "ccm_methods", "ccm", "ccm_speed", "ccm_stream"),
 )
 
@@ -301,12 +302,12 @@ def test_relation_after_cleaning(run):
 
 
 def test_endurance_names_what_differs(scripts, tmp_path):
-    commands = scripts["endurance_commands"]
-    assert commands.unequal({"a": "1"}, {"a": "1"}) == []
-    assert sorted(commands.unequal({"a": "1", "b": "2"}, {"a": "3", "c": "4"})) == ["a", "b", "c"]
+    kills = scripts["endurance_kills"]
+    assert kills.unequal({"a": "1"}, {"a": "1"}) == []
+    assert sorted(kills.unequal({"a": "1", "b": "2"}, {"a": "3", "c": "4"})) == ["a", "b", "c"]
     (tmp_path / ".half.12345678").write_text("")
     (tmp_path / "whole.json").write_text("{}")
-    assert [path.name for path in commands.leftovers(tmp_path)] == [".half.12345678"]
+    assert [path.name for path in kills.leftovers(tmp_path)] == [".half.12345678"]
 
 
 def test_mixup_text_counts_as_the_others_do(scripts):

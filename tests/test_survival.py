@@ -236,26 +236,26 @@ def _kill_all(folder: Path) -> None:
     """In a process of its own, since children are forked from it: without threads, and with everything imported."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(BENCHMARKS))
-    of = importlib.import_module("endurance_commands")
+    of, on = (importlib.import_module(f"endurance_{name}") for name in ("commands", "kills"))
     of.import_all()
     of.make_inputs(folder / "inputs", sentences=500)
     for name, command in of.commands(quick=True).items():
         place = folder / name.replace(" ", "-")
         place.mkdir()
-        out, log = place / of.OUT, place / "log"
-        expected = of.straight(command, folder / "inputs", place)
+        out, log = place / on.OUT, place / "log"
+        expected = on.straight(command, folder / "inputs", place)
         shutil.rmtree(out)
         arguments = command.arguments(folder / "inputs", out)
         at = round(MOMENTS[name] * expected.operations)
-        codes = [of.wait(of.begin(arguments, out, log, die_at=at))]
-        with of._noted(problems := []):
+        codes = [on.wait(on.begin(arguments, out, log, die_at=at))]
+        with on.noted(problems := []):
             command.whole(out)
-        codes.append(of.wait(of.begin([*arguments, *command.again(out)], out, log)))
+        codes.append(on.wait(on.begin([*arguments, *command.again(out)], out, log)))
         if name == "dataopt ccm train":  # all trained, nothing saved: the Trainer would take one step more
             (out / "adapter_model.safetensors").unlink()
-            codes[1] += of.wait(of.begin([*arguments, *command.again(out)], out, log))
-        with of._noted(problems):
-            problems += of.unequal(expected.result, command.result(out))
+            codes[1] += on.wait(on.begin([*arguments, *command.again(out)], out, log))
+        with on.noted(problems):
+            problems += on.unequal(expected.result, command.result(out))
         found = {"codes": codes, "problems": problems, "log": log.read_text()[-2000:]}
         (folder / f"{name}.json").write_text(json.dumps(found))
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_pair_shapes: WeakKeyDictionary[PreTrainedModel, list[tuple[int, int, int]]] = WeakKeyDictionary()
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -36,8 +39,8 @@ def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Where each layer attends, by number; -1 for those that do not say."""
     where = {-1: input_device(model)}
     for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None:
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and (weight := next(module.parameters(), None)) is not None:
             where.setdefault(index, weight.device)
     return where
 
@@ -89,11 +92,13 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: Cache, **kwargs: Any) ->
 
 @torch.no_grad()
 def pair_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Heads, and the sizes of a key and a value, in each layer's cache; one token is read to see them."""
-    cache = DynamicCache(config=model.config)
-    forward(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), cache)
-    layers: list[Any] = list(cache.layers)
-    return [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers]
+    """Heads, and the sizes of a key and a value, in each layer's cache; one token is read to see them, once a model."""
+    if model not in _pair_shapes:
+        cache = DynamicCache(config=model.config)
+        forward(model, torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), cache)
+        layers: list[Any] = list(cache.layers)
+        _pair_shapes[model] = [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in layers]
+    return _pair_shapes[model]
 
 
 def changing_rope_limit(model: PreTrainedModel) -> int | None:
