@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         dialogue_rows,
         finetune_full_context,
         profile_rows,
+        reserved_ids,
     )
     from .condensed import is_condensed, load_condensed, push_condensed, read_condensed, save_condensed
     from .condensed_images import decode_condensed
@@ -66,6 +67,7 @@ __all__ = [
     "read_condensed",
     "read_snapshots",
     "register_relation_issue",
+    "reserved_ids",
     "save_condensed",
     "save_relation_scores",
     "weighted_loss",
@@ -105,6 +107,7 @@ _MODULES = {
     "read_condensed": ".condensed",
     "read_snapshots": "..snapshots",
     "register_relation_issue": ".datalab",
+    "reserved_ids": ".ccm",
     "save_condensed": ".condensed",
     "save_relation_scores": ".scores",
     "weighted_loss": "..cleanable",
@@ -123,4 +126,6 @@ def __getattr__(name: str) -> Any:
         if missing not in _OF_EXTRAS:
             raise
         extra = "clean" if missing == "cleanlab" else "hf"
-        raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[{extra}]'", name=e.name) from e
+        raise ModuleNotFoundError(
+            f'{name} needs {e.name}; get it with: pip install "dataopt[{extra}]"', name=e.name
+        ) from e

@@ -53,10 +53,19 @@ def train(
     column: Annotated[
         str | None, typer.Option(help="Column of turns, demonstrations or profiles; the default is the form's.")
     ] = None,
+    instruction_column: Annotated[
+        str | None, typer.Option(help="With --form profile: column of what is to be done with the input.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split to train on; the default is the only one, or train.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of the data set.")] = None,
     mode: Annotated[Mode, typer.Option(help="Keep what each context became, or their average.")] = Mode.concat,
     comp_tokens: Annotated[int, typer.Option(min=1, help="COMP tokens of a context.")] = 2,
+    reserved_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--reserved-tokens", help="Take reserved tokens, such as <unused0>, instead of growing the vocabulary."
+        ),
+    ] = False,
     r: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 8,
     recurrent: Annotated[bool, typer.Option(help="Contexts see the memory of those before them.")] = True,
     positions: Annotated[
@@ -92,6 +101,7 @@ def train(
             commands.Source(model, str(dtype), device, revision),
             form=str(form),
             column=column,
+            instruction_column=instruction_column,
             split=split,
             config=config,
             options={
@@ -103,6 +113,7 @@ def train(
                 "ema": ema,
                 "sink": sink,
             },
+            reserved_tokens=reserved_tokens,
             multi_query=multi_query,
             max_tokens=max_tokens,
             steps=steps,

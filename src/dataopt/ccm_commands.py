@@ -35,6 +35,7 @@ from .integrations.hf import (
     finetune_full_context,
     hub,
     profile_rows,
+    reserved_ids,
 )
 from .integrations.hf.ccm.rows import full_context_rows
 from .language_models import Source, read_text
@@ -66,9 +67,11 @@ def train(
     *,
     form: str,
     column: str | None,
+    instruction_column: str | None,
     split: str | None,
     config: str | None,
     options: dict[str, Any],
+    reserved_tokens: bool,
     multi_query: bool,
     max_tokens: int | None,
     steps: int,
@@ -90,18 +93,29 @@ def train(
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     asked = CCMConfig(**options)
+    if instruction_column is not None and form != "profile":
+        raise ValueError(
+            f"--instruction-column {instruction_column} goes with --form profile and this is {form}; leave it out"
+        )
     found = find_source(dataset, split, config, None)
     arguments = {
-        "dataset": found, "form": form, "column": column, "options": options, "multi_query": multi_query,
-        "max_tokens": max_tokens, "steps": steps, "full_context_steps": full_context_steps, "batch_size": batch_size,
-        "lr": lr, "distill": distill, "test_rows": test_rows, "seed": seed, "model": source.model,
+        "dataset": found, "form": form, "column": column, "instruction_column": instruction_column, "options": options,
+        "reserved_tokens": reserved_tokens, "multi_query": multi_query, "max_tokens": max_tokens, "steps": steps,
+        "full_context_steps": full_context_steps, "batch_size": batch_size, "lr": lr, "distill": distill,
+        "test_rows": test_rows, "seed": seed, "model": source.model,
     }  # fmt: skip
-    with claimed(out, arguments, resume, "dataopt ccm train"):
+    with claimed(out, arguments, resume, "dataopt ccm train", together=True):
         base, tokenizer = source.load()
         embedding: Any = base.get_input_embeddings()
         size = len(embedding.weight)
-        comp_ids = list(range(size, size + asked.comp_tokens))  # those that CCMModel appends
-        rows = _rows(form, load_source(found), tokenizer, comp_ids, column, multi_query, max_tokens, asked.sink, seed)
+        if reserved_tokens:
+            asked = asked.with_ids(_reserved(tokenizer, size, asked.comp_tokens))
+        comp_ids = asked.comp_ids or list(range(size, size + asked.comp_tokens))  # those that CCMModel appends
+        more: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+        if instruction_column is not None:
+            more["instruction"] = instruction_column
+        more |= {"multi_query": multi_query, "sink": asked.sink, "seed": seed}
+        rows = _rows(form, load_source(found), tokenizer, comp_ids, column, **more)
         if len(rows) <= test_rows:
             raise ValueError(f"{len(rows)} rows and --test-rows {test_rows} leave none to train on; keep out fewer")
     kept = rows.select(range(len(rows) - test_rows, len(rows)))
@@ -124,10 +138,12 @@ def train(
     }
 
     def training(folder: str, count: int) -> TrainingArguments:
+        """Several processes meet in the first of these: nothing may be written before."""
         args = TrainingArguments(output_dir=str(work / folder), max_steps=count, **common)
         args.gradient_accumulation_steps = max(1, round(batch_size / (micro_batch * args.world_size)))
         return args
 
+    torch.manual_seed(seed)
     if full_context_steps:
         args = training(BASE, full_context_steps)
         args.logging_strategy = "no"  # type: ignore[assignment]
@@ -140,7 +156,8 @@ def train(
     trainer = CCMTrainer(model, args, distill=distill, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)  # off a terminal; the report holds the losses
     start = time.perf_counter()
-    newest = _checkpoint(work / "adapter") if resume else None
+    with args.main_process_first(local=False):  # it clears up, and the others find the same
+        newest = _checkpoint(work / "adapter") if resume else None
     if newest and (state := TrainerState.load_from_json(str(Path(newest) / TRAINER_STATE_NAME))).global_step >= steps:
         trainer._load_from_checkpoint(newest)  # all was trained; train() would take one step more
         trainer.state = state
@@ -180,12 +197,14 @@ def _first_stage(
     folder: Path,
 ) -> PreTrainedModel:
     """Thesis section 7.4: LoRA on full contexts, merged; kept, so that a resumed run finds it."""
-    if not folder.exists():
+    if not folder.exists():  # of several processes none ends the training before all have begun it
         tuned = finetune_full_context(base, args, rows)
         part = folder.with_name(f".{folder.name}")  # renamed when whole: what a kill leaves is not taken for the model
-        tokenizer.save_pretrained(part)
-        tuned.save_pretrained(part)
-        part.rename(folder)
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                tokenizer.save_pretrained(part)
+                tuned.save_pretrained(part)
+                part.rename(folder)
     again, _ = replace(source, model=str(folder), revision=None).load()  # under its own name, as in a resumed run
     return again
 
@@ -201,16 +220,24 @@ def _checkpoint(folder: Path) -> str | None:
     return None
 
 
+def _reserved(tokenizer: PreTrainedTokenizerBase, size: int, count: int) -> list[int]:
+    """The last ones of a vocabulary of this size: others that need a token, for padding say, take the first."""
+    ids = [i for i in reserved_ids(tokenizer) if i < size][-count:]
+    if len(ids) < count:
+        raise ValueError(
+            f"--reserved-tokens: the vocabulary has {len(ids)} reserved tokens and --comp-tokens is {count}; leave it "
+            "out, and new ones are appended"
+        )
+    return ids
+
+
 def _rows(
     form: str,
     data: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     comp_ids: Sequence[int],
     column: str | None,
-    multi_query: bool,
-    max_tokens: int | None,
-    sink: bool,
-    seed: int,
+    **options: Any,
 ) -> Dataset:
     forms: dict[str, tuple[Callable[..., Dataset], str]] = {
         "dialogue": (dialogue_rows, "turns"),
@@ -218,9 +245,7 @@ def _rows(
         "profile": (profile_rows, "profile"),
     }
     make, name = forms[form]
-    more = {} if max_tokens is None else {"max_tokens": max_tokens}
-    named = {name: column or COLUMNS[form]}
-    return make(data, tokenizer, comp_ids, multi_query=multi_query, sink=sink, seed=seed, **named, **more)
+    return make(data, tokenizer, comp_ids, **{name: column or COLUMNS[form]}, **options)
 
 
 @torch.no_grad()
@@ -375,7 +400,7 @@ def stream(adapter: str, file: str, asked: Asked, go_on: int, **sizes: int) -> N
         raise ValueError(f"{file} is empty; give a text")
     start = time.perf_counter()
     scores = []
-    with tqdm(total=len(ids), unit="token", disable=None, leave=False) as bar:
+    with tqdm(total=len(ids), desc="reading", unit="token", disable=None, leave=False) as bar:
         for at in range(0, len(ids), _PIECE):
             piece = ids[at : at + _PIECE]
             scores.append(reading.feed(input_ids=piece))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,16 @@ def claim(out: Path, asked: Mapping[str, Any], resume: bool, command: str) -> No
                     f"--out {out} was begun with other values of {', '.join(other)}; give the same, or another folder"
                 )
         else:
-            write_whole(begun, json.dumps({"command": command, **asked}, indent=1) + "\n")
-        if os.environ.get("RANK", "0") != "0":
-            return  # of several processes of one run, as torchrun starts them, the first speaks for all
+            write_whole(begun, _note(command, asked))
         if not hold(begun):
             raise ValueError(f"--out {out} is in use by another {command}; wait for its end, or give another folder")
         for path in out.rglob(".*.????????"):  # what whole_file leaves of a process that is killed; now nobody writes
             if path.is_file():
                 path.unlink()
+
+
+def _note(command: str, asked: Mapping[str, Any]) -> str:
+    return json.dumps({"command": command, **asked}, indent=1) + "\n"
 
 
 def _something_in(out: Path, begun: Path) -> bool:
@@ -60,17 +62,27 @@ def _something_in(out: Path, begun: Path) -> bool:
 
 
 @contextmanager
-def claimed(out: Path, asked: Mapping[str, Any], resume: bool, command: str) -> Iterator[None]:
-    """:func:`claim`, taken back where the block fails before it has written anything."""
+def claimed(
+    out: Path, asked: Mapping[str, Any], resume: bool, command: str, *, together: bool = False
+) -> Iterator[None]:
+    """:func:`claim`, taken back where the block fails before it has written anything.
+
+    Args:
+        together: processes that torchrun or accelerate launch started work in ``out``. The first claims it for all,
+            and they must meet after the block, before any of them writes.
+    """
     there = out.exists()
-    claim(out, asked, resume, command)
+    if not together or os.environ.get("RANK", "0") == "0":
+        claim(out, asked, resume, command)
     try:
         yield
     except BaseException:
         begun = out / WORK / "arguments.json"
-        if sorted(out.rglob("*")) == sorted([begun.parent, begun]):
-            begun.unlink()
-            begun.parent.rmdir()
-            if not there:
-                out.rmdir()
+        with suppress(FileNotFoundError):  # another process fails at the same moment
+            nothing_else = sorted(out.rglob("*")) == sorted([begun.parent, begun])
+            if nothing_else and begun.read_text() == _note(command, asked):
+                begun.unlink()
+                begun.parent.rmdir()
+                if not there:
+                    out.rmdir()
         raise

@@ -4,6 +4,7 @@ from .cache import CCMCache
 from .config import CCMConfig
 from .data import demonstration_rows, dialogue_rows, profile_rows
 from .model import CCMModel
+from .reserved import reserved_ids
 from .rows import CCMCollator, Query, ccm_row
 from .stream import CCMStream
 from .trainer import CCMTrainer, finetune_full_context
@@ -21,4 +22,5 @@ __all__ = [
     "dialogue_rows",
     "finetune_full_context",
     "profile_rows",
+    "reserved_ids",
 ]
