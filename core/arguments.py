@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,13 @@ def check_strings(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, str):
             raise TypeError(f"{name}={_short(value)} is a {type(value).__name__}; give a text")
+
+
+def check_choice(choices: Collection[Any], **values: Any) -> None:
+    """Raise ValueError for the first that is none of the choices: texts, whole numbers or None."""
+    for name, value in values.items():
+        if not isinstance(value, str | numbers.Integral | None) or value not in choices:
+            raise ValueError(f"{name}={_short(value)} must be one of {', '.join(map(repr, choices))}")
 
 
 def check_channels(mean: Any, std: Any, channels: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..arguments import check_choice, check_numbers, check_tensors
 from .layout import Layout
 from .rotation import Rotation
 
@@ -36,7 +38,16 @@ def memory_attention(
 
     Returns:
         (B, Hq, L, dv).
+
+    Raises:
+        TypeError: no tensors, layout or rotation.
+        ValueError: shapes that do not go together, several dtypes, or an option outside its range.
     """
+    _check(query, key, value, layout, rotate)
+    check_numbers(scale=scale, dropout=dropout)
+    check_choice(("sdpa", "eager", "flex"), implementation=implementation)
+    if not math.isfinite(scale) or not 0 <= dropout < 1:
+        raise ValueError(f"scale={scale} must be finite, and dropout={dropout} in [0, 1)")
     memory_keys, memory_values = memory_columns(key, value, layout, rotate)
     if implementation == "flex":
         return _flex(query, torch.cat([memory_keys, key], 2), torch.cat([memory_values, value], 2), layout, scale)
@@ -60,6 +71,24 @@ def memory_attention(
     out = attend(queries.transpose(1, 2), keys, values, layout.folded_mask, scale, dropout)
     out = out.transpose(1, 2).reshape(batch, segments * width, *out.shape[1::2])
     return _tokens(out.transpose(1, 2), layout.unfold).transpose(1, 2)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rotate: Rotation | None) -> None:
+    check_tensors(query=query, key=key, value=value)
+    for name, given, kind in (("layout", layout, Layout), ("rotate", rotate, Rotation | None)):
+        if not isinstance(given, kind):
+            raise TypeError(f"{name} is a {type(given).__name__}; give what dataopt.core.ccm makes")
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+    rows = tuple(layout.segment_ids.shape)
+    fits = query.ndim == key.ndim == value.ndim == 4 and key.shape[:3] == value.shape[:3] and 0 not in value.shape
+    fits = fits and all((len(t), t.shape[2]) == rows for t in (query, key)) and query.shape[3] == key.shape[3] > 0
+    if not fits or not query.shape[1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{shapes} must be (B, Hq, L, d), (B, H, L, d) and (B, H, L, dv), Hq a multiple of H, with the (B, L) of "
+            f"the layout, {rows}"
+        )
+    if not (query.dtype == key.dtype == value.dtype and query.is_floating_point()):
+        raise ValueError(f"query is {query.dtype}, key {key.dtype} and value {value.dtype}; give one floating type")
 
 
 def memory_columns(key: Tensor, value: Tensor, layout: Layout, rotate: Rotation | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..arguments import check_flags, check_numbers, check_strings, check_tensors
+from ..arguments import check_choice, check_flags, check_numbers, check_strings, check_tensors
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -265,12 +265,10 @@ def check_options(mode: str, positions: str, ema: float | None, slots: int) -> N
     """Raises ValueError for the first that is wrong."""
     check_strings(mode=mode, positions=positions)
     check_numbers(ema=1 if ema is None else ema)
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} must be one of {', '.join(map(repr, MODES))}")
-    if positions not in POSITIONS:
-        raise ValueError(f"positions={positions!r} must be one of {', '.join(map(repr, POSITIONS))}")
+    check_choice(MODES, mode=mode)
+    check_choice(POSITIONS, positions=positions)
     if ema is not None and (mode != "merge" or not 0 < ema <= 1):
-        raise ValueError(f"ema={ema!r} must be in (0, 1], and needs mode='merge'; None is the arithmetic mean")
+        raise ValueError(f"ema={ema!r} must lie in (0, 1], and needs mode='merge'; None is the arithmetic mean")
     if not isinstance(slots, int) or slots < 1:
         raise ValueError(f"comp_tokens={slots!r} must be a whole number of at least 1")
 
@@ -317,5 +315,5 @@ def _check_slots(segment_ids: Tensor, comp_slot: Tensor, slots: int) -> None:
     if bool(first.any()):
         row, column = (int(i) for i in first.nonzero()[0])
         raise ValueError(
-            f"segment {int(segment_ids[row, column])} of row {row} holds COMP tokens only: an empty context"
+            f"segment {int(segment_ids[row, column])} of row {row} holds COMP tokens only; leave empty contexts out"
         )

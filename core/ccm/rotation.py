@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_flags, check_tensors
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -17,10 +19,22 @@ class Rotation:
     Attributes:
         frequencies: (r / 2,) radians per position of each pair of the first r of the head's d dimensions.
         interleaved: pairs are (0, 1), (2, 3), ...; otherwise (0, r / 2), (1, r / 2 + 1), ...
+
+    Raises:
+        TypeError, ValueError: frequencies that are no floating (r / 2,).
     """
 
     frequencies: Tensor
     interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        check_tensors(frequencies=self.frequencies)
+        check_flags(interleaved=self.interleaved)
+        f = self.frequencies
+        if f.ndim != 1 or not len(f) or not f.is_floating_point():
+            raise ValueError(f"frequencies is {f.dtype} of shape {tuple(f.shape)}; give floating (r / 2,)")
+        if f.device.type == "cpu" and not bool(f.isfinite().all()):  # elsewhere a look would wait for the device
+            raise ValueError("frequencies holds NaN or infinity; give radians per position")
 
     def __call__(self, keys: Tensor, shift: Tensor) -> Tensor:
         """Rotate by whole positions, computed in float32 or better.
@@ -28,7 +42,22 @@ class Rotation:
         Args:
             keys: (B, H, m, d).
             shift: (B or 1, m) or (m,) integers.
+
+        Raises:
+            TypeError: no tensors, or a shift that holds no integers.
+            ValueError: shapes that do not go together, or heads smaller than the frequencies need.
         """
+        check_tensors(keys=keys, shift=shift)
+        if keys.ndim != 4 or not keys.is_floating_point() or keys.shape[3] < 2 * self.frequencies.numel():
+            raise ValueError(
+                f"keys is {keys.dtype} of shape {tuple(keys.shape)}; give floating (B, H, m, d), d at least "
+                f"{2 * self.frequencies.numel()}, two for each of the frequencies"
+            )
+        if shift.is_floating_point() or shift.dtype == torch.bool:
+            raise TypeError(f"shift holds {shift.dtype}; give integers, whole positions")
+        batch, length = keys.shape[0], keys.shape[2]
+        if shift.shape not in ((length,), (1, length), (batch, length)):
+            raise ValueError(f"shift has the shape {tuple(shift.shape)}; give ({length},) or ({batch}, {length})")
         dtype = torch.promote_types(keys.dtype, torch.float32)
         # Angles in float64, where there is one: in float32, 100,000 positions are off by .01 radians.
         exact = torch.float32 if shift.device.type == "mps" else torch.float64

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from ..relation.checks import as_tensor
 from .condensed import Condensed
 from .condenser import Condenser
@@ -37,7 +38,8 @@ class ExemplarMemory:
             that ``memory.stored.save(folder)`` keeps it and ``stored=Condensed.load(folder)`` goes on.
 
     Raises:
-        ValueError: another method.
+        TypeError: a ``condenser`` that is no :class:`Condenser`, or ``stored`` that is no :class:`Condensed`.
+        ValueError: another method, or stored images of another formation.
 
     References:
         Prabhu et al., "GDumb", ECCV 2020: the networks train on the memory alone. Zhao and Bilen, "Dataset Condensation
@@ -60,8 +62,12 @@ class ExemplarMemory:
     stored: Condensed | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
+        check_choice(METHODS, method=self.method)
+        if not isinstance(self.condenser, Condenser) or not isinstance(self.stored, Condensed | None):
+            raise TypeError(
+                f"condenser is a {type(self.condenser).__name__} and stored a {type(self.stored).__name__}; give a "
+                "Condenser, and a Condensed or None"
+            )
         whole, c = self.method in ("herding", "random"), self.condenser
         mode = "single" if c.formation == "bound" else c.formation
         if self.stored is None or (self.stored.factor == 1 and (whole or c.factor in (1, "auto"))):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_generator, check_numbers, check_whole
 from ..mixup.adversarial import normalise
 from ..mixup.saliency import input_gradient
 from .pixels import Channels, to_pixels
-from .predictions import Batches, device_of, top1_error
+from .predictions import Batches, check_labels, check_model, device_of, each, top1_error
 
 
 def fgsm(
@@ -28,14 +30,16 @@ def fgsm(
         Like ``x``; its pixels stay in [0, 1].
 
     Raises:
-        ValueError: a negative ``eps``, non-finite inputs, or pixels outside [0, 1].
+        TypeError: no module, no tensors, or class ids that are no integers.
+        ValueError: ``eps`` outside [0, 1], non-finite inputs, pixels outside [0, 1], class ids that the logits do not
+            have, or a gradient that is not finite.
 
     References:
         Goodfellow, Shlens, Szegedy, "Explaining and harnessing adversarial examples", ICLR 2015; thesis section 3.6.1.
     """
     _check_sizes(eps=eps)
     pixels = to_pixels(x, mean, std)
-    return normalise((pixels + eps * input_gradient(model, x, y).sign()).clamp(0, 1), mean, std)
+    return normalise((pixels + eps * _direction(model, x, y)).clamp(0, 1), mean, std)
 
 
 def pgd(
@@ -61,12 +65,14 @@ def pgd(
         Like ``x``; its pixels stay in [0, 1] and within ``eps`` of those of ``x``.
 
     Raises:
-        ValueError: as of :func:`fgsm`, or ``steps`` below 1.
+        TypeError, ValueError: as of :func:`fgsm`, or ``steps`` below 1.
 
     References:
         Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018; thesis section 3.6.3.
     """
     _check_sizes(eps=eps, step=step)
+    check_whole(steps=steps)
+    check_generator(generator)
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1; the thesis takes 7")
     pixels = to_pixels(x, mean, std)
@@ -74,8 +80,7 @@ def pgd(
     start = torch.empty(pixels.shape).uniform_(-eps, eps, generator=generator)
     moved = (pixels + start.to(pixels.device, pixels.dtype)).clamp(low, high)
     for _ in range(steps):
-        gradient = input_gradient(model, normalise(moved, mean, std), y)
-        moved = (moved + step * gradient.sign().to(moved.dtype)).clamp(low, high)
+        moved = (moved + step * _direction(model, normalise(moved, mean, std), y)).clamp(low, high)
     return normalise(moved, mean, std)
 
 
@@ -89,10 +94,10 @@ def fgsm_error(
         model, eps, mean, std: as of :func:`fgsm`.
 
     Raises:
-        ValueError: as of :func:`fgsm`, or no batches.
+        TypeError, ValueError: as of :func:`fgsm` and :func:`predict`.
     """
     device = device_of(model)
-    moved = ((fgsm(model, x.to(device), y.to(device), eps, mean, std), y) for x, y in batches)
+    moved = ((fgsm(model, x.to(device), y.to(device), eps, mean, std), y) for x, y in each(batches))
     return top1_error(model, moved)
 
 
@@ -113,14 +118,31 @@ def pgd_error(
         model, eps, step, steps, mean, std, generator: as of :func:`pgd`.
 
     Raises:
-        ValueError: as of :func:`pgd`, or no batches.
+        TypeError, ValueError: as of :func:`pgd` and :func:`predict`.
     """
     device = device_of(model)
-    moved = ((pgd(model, x.to(device), y.to(device), eps, step, steps, mean, std, generator), y) for x, y in batches)
+    moved = (
+        (pgd(model, x.to(device), y.to(device), eps, step, steps, mean, std, generator), y) for x, y in each(batches)
+    )
     return top1_error(model, moved)
 
 
+def _direction(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The sign of the gradient of the cross-entropy, like ``x``."""
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        check_labels(logits, y)  # an id beyond the logits would end a CUDA process
+        return F.cross_entropy(logits, y.long())
+
+    check_model(model)
+    gradient = input_gradient(model, x, y, loss)
+    if not bool(gradient.isfinite().all()):
+        raise ValueError("the model's gradient at x is not finite; run it in float32, or look for the inputs at fault")
+    return gradient.sign().to(x.dtype)
+
+
 def _check_sizes(**sizes: float) -> None:
+    check_numbers(**sizes)
     for name, value in sizes.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must lie in [0, 1], in units of pixels; 8/255 is usual")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_generator, check_numbers, check_tensors
 from ..mixup.adversarial import normalise
 from ..mixup.mixed import draw_rng
 from .pixels import Channels, to_pixels
-from .predictions import check_labels, device_of, evaluating
+from .predictions import each, evaluating, logits_of
 
 Boxes = Tensor | Sequence[Tensor]
 
@@ -44,6 +45,7 @@ def replace_background(x: Tensor, boxes: Boxes, generator: torch.Generator | Non
         Like ``x``.
 
     Raises:
+        TypeError: ``x`` or an image's boxes are no tensor.
         ValueError: boxes that do not fit the images, or a batch of one.
     """
     inside = _inside(x, boxes)
@@ -75,9 +77,12 @@ def noisy_background(
         Like ``x``; its pixels stay in [0, 1].
 
     Raises:
+        TypeError: ``x`` or an image's boxes are no tensor, or ``sigma`` is no number.
         ValueError: boxes that do not fit the images, a negative ``sigma``, or pixels outside [0, 1].
     """
     inside = _inside(x, boxes)
+    check_numbers(sigma=sigma)
+    check_generator(generator)
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma={sigma} must be finite and not negative; 0.1 is a tenth of the range")
     noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
@@ -101,17 +106,15 @@ def background_error(
         mean, std, sigma, generator: as of :func:`noisy_background`.
 
     Raises:
-        ValueError: as of the two functions, or no batches.
+        TypeError, ValueError: as of the two functions and :func:`predict`.
     """
     total, wrong = 0, torch.zeros(3, dtype=torch.int64)
     with evaluating(model):
-        for x, y, boxes in batches:
+        for x, y, boxes in each(batches, boxes=True):
             replaced = replace_background(x, boxes, generator)
             noisy = noisy_background(x, boxes, sigma, mean, std, generator)
             for i, seen in enumerate((x, replaced, noisy)):
-                logits = model(seen.to(device_of(model))).float().cpu()
-                check_labels(logits, y)
-                wrong[i] += (logits.argmax(1) != y.cpu()).sum()
+                wrong[i] += (logits_of(model, seen, y).argmax(1) != y.cpu()).sum()
             total += len(y)
     if not total:
         raise ValueError("batches is empty; give at least one batch (an iterator can be read only once)")
@@ -120,10 +123,10 @@ def background_error(
 
 def _inside(x: Tensor, boxes: Boxes) -> Tensor:
     """(B, 1, H, W), true inside any of an image's boxes."""
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; give images (B, C, H, W)")
-    if len(boxes) != len(x):
-        raise ValueError(f"boxes are those of {len(boxes)} images, x holds {len(x)}; give one entry for each image")
+    check_tensors(x=x)
+    if x.ndim != 4 or not x.numel():
+        raise ValueError(f"x has the shape {tuple(x.shape)}; give images (B, C, H, W)")
+    check_count(boxes, len(x))
     height, width = x.shape[2:]
     inside = torch.zeros(len(x), 1, height, width, dtype=torch.bool)
     for i, of_image in enumerate(boxes):
@@ -132,12 +135,22 @@ def _inside(x: Tensor, boxes: Boxes) -> Tensor:
     return inside.to(x.device)
 
 
+def check_count(boxes: Boxes, images: int) -> None:
+    """Raise unless there is one entry for each image."""
+    if not isinstance(boxes, Tensor | list | tuple) or (isinstance(boxes, Tensor) and not boxes.ndim):
+        raise TypeError(f"boxes is a {type(boxes).__name__}; give (B, 4), or a list of B tensors (n, 4)")
+    if len(boxes) != images:
+        raise ValueError(f"boxes are those of {len(boxes)} images, x holds {images}; give one entry for each image")
+
+
 def check_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     """One image's boxes, (4,) or (n, 4), as (n, 4) float64 on the CPU.
 
     Raises:
+        TypeError: no tensor.
         ValueError: another shape, no box, or a box that is empty or not within the image.
     """
+    check_tensors(boxes=boxes)
     out = torch.as_tensor(boxes).double().cpu().view(-1, 4) if boxes.shape[-1:] == (4,) else torch.empty(0, 4)
     left, top, right, bottom = out.unbind(1)
     fits = (left >= 0) & (top >= 0) & (left < right) & (top < bottom) & (right <= width) & (bottom <= height)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_whole
 from ..extras import optional
 from .predictions import check_labels
 
@@ -37,7 +38,9 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
         In [0, 1]; torchmetrics computes it.
 
     Raises:
-        ValueError: other shapes, class ids that the logits do not have, non-finite logits, or no bins.
+        TypeError: no tensors, class ids or bins that are no integers.
+        ValueError: other shapes, one class only, class ids that the logits do not have, non-finite logits, or bins
+            outside 1 to 10,000.
         ModuleNotFoundError: the extra ``eval`` is not installed.
 
     References:
@@ -60,7 +63,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
         bins: of equal width.
 
     Raises:
-        ValueError: as of :func:`expected_calibration_error`.
+        TypeError, ValueError: as of :func:`expected_calibration_error`.
     """
     confidence, predicted = _probabilities(logits, labels, bins).max(1)
     place = (confidence * bins).long().clamp_max(bins - 1)
@@ -72,8 +75,11 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
 
 def _probabilities(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     check_labels(logits, labels)
-    if bins < 1:
-        raise ValueError(f"bins={bins} must be at least 1; 15 is usual")
+    check_whole(bins=bins)
+    if not 1 <= bins <= 10_000:
+        raise ValueError(f"bins={bins} must lie in 1 to 10000; 15 is usual")
+    if logits.shape[1] < 2:
+        raise ValueError("logits are those of one class, which is always right; give two or more")
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits hold non-finite values; look for the inputs that make them")
     return logits.detach().double().softmax(1)

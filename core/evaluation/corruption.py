@@ -17,11 +17,12 @@ from scipy import ndimage
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import check_choice, check_generator, check_whole
 from ..extras import optional
 from ..mixup.adversarial import normalise
 from ..mixup.mixed import draw_rng
 from .pixels import Channels, to_pixels
-from .predictions import Batches, check_labels, device_of, evaluating
+from .predictions import Batches, each, evaluating, logits_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -47,8 +48,11 @@ class CorruptionError:
         """The mean corruption error of Hendrycks and Dietterich: each corruption's error by a baseline's, averaged.
 
         Raises:
+            TypeError: the baseline is none.
             ValueError: the baseline has other corruptions, or makes no error on one of them.
         """
+        if not isinstance(baseline, CorruptionError):
+            raise TypeError(f"baseline is a {type(baseline).__name__}; give what corruption_error returned")
         if self.errors.keys() != baseline.errors.keys():
             raise ValueError(f"the baseline was measured on {', '.join(baseline.errors)}; measure the same corruptions")
         without = [name for name, row in baseline.errors.items() if not sum(row)]
@@ -70,6 +74,7 @@ def corrupt(x: Tensor, name: str, severity: int, generator: torch.Generator | No
         Like ``x``, in [0, 1]; the work is done on the CPU.
 
     Raises:
+        TypeError: no tensor, no name, or a severity that is no whole number.
         ValueError: an unknown name or severity, or inputs of another shape or range.
         ModuleNotFoundError: the extra ``eval`` is not installed.
 
@@ -80,7 +85,7 @@ def corrupt(x: Tensor, name: str, severity: int, generator: torch.Generator | No
     _check_choice([name], [severity])
     pixels = to_pixels(x, None, None)
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
-        raise ValueError(f"x has shape {tuple(x.shape)}; give images (B, 1, H, W) or (B, 3, H, W)")
+        raise ValueError(f"x has the shape {tuple(x.shape)}; give images (B, 1, H, W) or (B, 3, H, W)")
     function, strengths = _TABLE[name]
     out = function(pixels.float().cpu(), strengths[severity - 1], draw_rng(generator))
     return out.clamp(0, 1).to(x.device, x.dtype)
@@ -105,11 +110,16 @@ def corruption_error(
             not depend on which others are asked for.
 
     Raises:
-        ValueError: as of :func:`corrupt`, no batches, or class ids that the logits do not have.
+        TypeError, ValueError: as of :func:`corrupt` and :func:`predict`.
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
-    names, severities = list(CORRUPTIONS if names is None else names), list(severities)
+    names = CORRUPTIONS if names is None else names
+    for argument, value in (("names", names), ("severities", severities)):
+        if isinstance(value, str | Tensor) or not isinstance(value, Iterable):
+            raise TypeError(f"{argument}={value!r:.80} is a {type(value).__name__}; give a list")
+    names, severities = list(names), list(severities)
     _check_choice(names, severities)
+    check_generator(generator)
     seed = int(torch.randint(2**31, (), generator=generator))
     streams = {
         (name, severity): torch.Generator().manual_seed(seed + 10 * CORRUPTIONS.index(name) + severity)
@@ -117,15 +127,13 @@ def corruption_error(
         for severity in severities
     }
     total, clean, wrong = 0, 0, dict.fromkeys(streams, 0)
-    device = device_of(model)
 
     def wrong_on(pixels: Tensor, y: Tensor) -> int:
-        logits = model(normalise(pixels, mean, std).to(device)).float().cpu()
-        check_labels(logits, y)
+        logits = logits_of(model, normalise(pixels, mean, std), y)
         return int((logits.argmax(1) != y.cpu()).sum())
 
     with evaluating(model):
-        for x, y in tqdm(batches, desc="corruptions", unit="batch", disable=None):
+        for x, y in tqdm(each(batches), desc="corruptions", unit="batch", disable=None):
             pixels = to_pixels(x, mean, std)
             clean += wrong_on(pixels, y)
             total += len(y)
@@ -141,12 +149,11 @@ def corruption_error(
 def _check_choice(names: list[str], severities: list[int]) -> None:
     if not names or not severities:
         raise ValueError(f"names={names} and severities={severities} must hold at least one each")
-    unknown = [name for name in names if name not in _TABLE]
-    if unknown:
-        raise ValueError(f"corruption {unknown[0]!r} is unknown; choose one of {', '.join(_TABLE)}")
+    for name in names:
+        check_choice(_TABLE, name=name)
     for severity in severities:
-        if severity not in SEVERITIES:
-            raise ValueError(f"severity={severity} is unknown; give 1 to 5")
+        check_whole(severity=severity)
+        check_choice(SEVERITIES, severity=severity)
 
 
 def _gaussian_noise(x: Tensor, sigma: float, rng: np.random.Generator) -> Tensor:
@@ -191,7 +198,8 @@ def _fog(x: Tensor, amount: float, rng: np.random.Generator) -> Tensor:
         fog += F.interpolate(noise, size=x.shape[2:], mode="bicubic") / 2**octave
     low, high = fog.amin((1, 2, 3), keepdim=True), fog.amax((1, 2, 3), keepdim=True)
     peak = x.amax((1, 2, 3), keepdim=True)
-    return (x + amount * (fog - low) / (high - low)) * peak / (peak + amount)
+    share = (fog - low) / (high - low).clamp_min(1e-6)  # an image of one pixel has no range
+    return (x + amount * share) * peak / (peak + amount)
 
 
 def _brightness(x: Tensor, factor: float, rng: np.random.Generator) -> Tensor:

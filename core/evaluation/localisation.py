@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_numbers, check_strings, check_tensors
 from ..extras import optional
-from .background import Boxes, check_boxes
-from .predictions import check_labels, device_of, evaluating
+from ..mixup.saliency import check_batch
+from .background import Boxes, check_boxes, check_count
+from .predictions import check_labels, device_of, each, evaluating
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ def class_activation_map(
         (B, h, w) float32; the mean of a map plus the head's bias is the class' logit.
 
     Raises:
-        ValueError: no such modules, or logits that are not the linear head of the averaged features.
+        TypeError: no module, tensors or names.
+        ValueError: no such modules, no finite images, logits that are not finite or not the linear head of the averaged
+            features, or classes that the logits do not have.
 
     References:
         Zhou et al., "Learning deep features for discriminative localization", CVPR 2016.
@@ -69,15 +74,23 @@ def box_of_map(activation: Tensor, size: tuple[int, int], threshold: float = 0.2
         the same everywhere.
 
     Raises:
-        ValueError: another shape, non-finite values, or a threshold outside [0, 1).
+        TypeError: no tensor, or a threshold that is no number.
+        ValueError: another shape, non-finite values, a size that is none, or a threshold outside [0, 1).
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
-    if activation.ndim != 2 or not bool(torch.isfinite(activation).all()):
-        raise ValueError(f"activation has shape {tuple(activation.shape)}; give one finite map (h, w)")
+    check_tensors(activation=activation)
+    small = activation.detach().float().cpu()
+    if small.ndim != 2 or not small.numel() or not bool(torch.isfinite(small).all()):
+        raise ValueError(f"activation has the shape {tuple(small.shape)}; give one finite map (h, w)")
+    whole = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if not whole:
+        raise ValueError(f"size={size!r:.80} must be the height and width of the image, whole numbers above 0")
+    check_numbers(threshold=threshold)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold={threshold} must lie in [0, 1); the thesis uses 0.25")
     measure = optional("skimage.measure", "eval")
-    large = F.interpolate(activation.detach().float().cpu()[None, None], size=size, mode="bilinear")[0, 0]
+    # float64 holds the range of huge values and a share of a tiny one
+    large = F.interpolate(small.double()[None, None], size=size, mode="bilinear")[0, 0]
     low, high = large.aminmax()
     if low == high:
         return torch.tensor([0, 0, size[1], size[0]])
@@ -104,20 +117,21 @@ def localisation_accuracy(
         iou: least intersection over union.
 
     Raises:
+        TypeError: as of the two functions, or batches of something else.
         ValueError: as of the two functions, boxes that do not fit the images, or no batches.
         ModuleNotFoundError: the extra ``eval`` is not installed.
     """
+    check_numbers(iou=iou)
     if not 0 < iou <= 1:
         raise ValueError(f"iou={iou} must lie in (0, 1]; 0.5 is usual")
     box_iou = optional("torchvision.ops", "eval").box_iou
     total = top1 = known = 0
-    for x, y, boxes in batches:
-        size = (x.shape[2], x.shape[3])
+    for x, y, boxes in each(batches, boxes=True):
         maps, logits, weight = _forward(model, x, features, head)
+        size = (x.shape[2], x.shape[3])
         y = y.to(logits.device)
         check_labels(logits, y)
-        if len(boxes) != len(x):
-            raise ValueError(f"boxes are those of {len(boxes)} images, x holds {len(x)}; give one entry for each image")
+        check_count(boxes, len(x))
         right = (logits.argmax(1) == y).tolist()
         for activation, is_right, of_image in zip(_activation(maps, weight, y), right, boxes, strict=True):
             found = box_of_map(activation, size, threshold).double()
@@ -132,6 +146,11 @@ def localisation_accuracy(
 
 def _forward(model: nn.Module, x: Tensor, features: str, head: str) -> tuple[Tensor, Tensor, Tensor]:
     """Feature maps (B, D, h, w), logits (B, K) and the head's weight (K, D), all float32."""
+    device = device_of(model)
+    check_batch(x)
+    if x.ndim != 4:
+        raise ValueError(f"x has the shape {tuple(x.shape)}; give images (B, C, H, W)")
+    check_strings(features=features, head=head)
     modules = dict(model.named_modules())
     for argument, name in (("features", features), ("head", head)):
         if name not in modules:
@@ -143,7 +162,8 @@ def _forward(model: nn.Module, x: Tensor, features: str, head: str) -> tuple[Ten
     hook = modules[features].register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:
         with evaluating(model):
-            logits = model(x.to(device_of(model)))
+            logits = model(x.to(device))
+            check_tensors(logits=logits)
             if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 4:
                 raise ValueError(
                     f"features={features!r} must run once and give (B, D, h, w); name the last such module"
@@ -153,6 +173,8 @@ def _forward(model: nn.Module, x: Tensor, features: str, head: str) -> tuple[Ten
     finally:
         hook.remove()
     scale = float(logits.float().abs().max())
+    if not scale < math.inf:
+        raise ValueError("logits hold non-finite values; look for the inputs x that make them")
     if (
         expected is None
         or expected.shape != logits.shape
@@ -166,4 +188,4 @@ def _forward(model: nn.Module, x: Tensor, features: str, head: str) -> tuple[Ten
 
 
 def _activation(maps: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    return torch.einsum("bdhw,bd->bhw", maps, weight[classes.to(weight.device)])
+    return torch.einsum("bdhw,bd->bhw", maps, weight[classes.long().to(weight.device)])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..arguments import check_channels
 from ..mixup.adversarial import unnormalise
 from ..mixup.saliency import check_batch
 
@@ -16,13 +17,13 @@ def to_pixels(x: Tensor, mean: Channels, std: Channels) -> Tensor:
     """Pixels (B, C, ...) in [0, 1], float32 or what ``x`` is.
 
     Raises:
-        ValueError: ``x`` is no finite floating batch, only one of ``mean`` and ``std`` is given, or pixels lie
-            outside [0, 1].
+        TypeError: ``x`` is no tensor.
+        ValueError: ``x`` is no finite floating batch, ``mean`` and ``std`` are not both None or one number a channel
+            each, or pixels lie outside [0, 1].
     """
     check_batch(x)
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean={mean} and std={std} go together; give both or neither")
-    pixels = unnormalise(x, mean, std)
+    check_channels(mean, std, x.shape[1])
+    pixels = unnormalise(x.detach(), mean, std)
     low, high = (float(v) for v in pixels.aminmax())
     if low < -0.01 or high > 1.01:
         raise ValueError(

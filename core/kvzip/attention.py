@@ -148,7 +148,21 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 
     Args:
         first, second: outputs (..., dv) and log-sum-exps (...) float32, as :func:`attention` returns them.
+
+    Raises:
+        TypeError: something else than two pairs of tensors.
+        ValueError: shapes that do not go together.
     """
+    for name, part in (("first", first), ("second", second)):
+        if not (isinstance(part, tuple) and len(part) == 2 and all(isinstance(t, Tensor) for t in part)):
+            raise TypeError(f"{name} is a {type(part).__name__}; give (output, log-sum-exp), as attention returns them")
+        out, lse = part
+        fits = out.ndim and out.shape == first[0].shape and out.shape[:-1] == lse.shape
+        if not (fits and out.is_floating_point() and lse.is_floating_point()):
+            raise ValueError(
+                f"{name} holds {tuple(out.shape)} {out.dtype} and {tuple(lse.shape)} {lse.dtype}; give floating "
+                "(..., dv) and (...), both parts alike"
+            )
     (a, lse_a), (b, lse_b) = first, second
     share = torch.sigmoid(lse_a - lse_b).nan_to_num_(1.0).unsqueeze(-1)  # both empty: -inf - -inf is not a number
     return torch.lerp(b.float(), a.float(), share).to(a.dtype), torch.logaddexp(lse_a, lse_b)
@@ -160,10 +174,16 @@ def with_sinks(part: tuple[Tensor, Tensor], sinks: Tensor | None) -> tuple[Tenso
     Args:
         part: (B, Hq, Q, dv) and (B, Hq, Q).
         sinks: (Hq,) logits, or None.
+
+    Raises:
+        TypeError, ValueError: sinks that are no such tensor.
     """
     if sinks is None:
         return part
     out, lse = part
+    check_tensors(sinks=sinks)
+    if sinks.shape != out.shape[1:2]:
+        raise ValueError(f"sinks has the shape {tuple(sinks.shape)}; give one logit for each of {out.shape[1]} heads")
     total = torch.logaddexp(lse, sinks.float().view(1, -1, 1))
     return (out.float() * (lse - total).exp().unsqueeze(-1)).to(out.dtype), total
 
@@ -189,14 +209,24 @@ def ragged_attention(
 
     Returns:
         As :func:`attention`.
+
+    Raises:
+        TypeError: something else than tensors and packed contexts.
+        ValueError: shapes, heads or types that do not go together, or rows that the contexts do not divide.
     """
+    tail = attention(q, k, v, scale, causal=mask is None, mask=mask, softcap=softcap)  # which looks at q, k, v, mask
+    if not isinstance(contexts, list | tuple) or not contexts or len(q) % len(contexts):
+        what = f"{len(contexts)}" if isinstance(contexts, list | tuple) else f"a {type(contexts).__name__}"
+        raise ValueError(f"contexts is {what} for {len(q)} rows of q; give a list of one, or one for each run of rows")
+    if any(isinstance(c, PackedHeads) and (len(c.lengths), c.value_dim) != (v.shape[1], v.shape[3]) for c in contexts):
+        found = [(len(c.lengths), c.value_dim) for c in contexts]
+        raise ValueError(f"contexts has heads and value sizes {found}; those of v are {(v.shape[1], v.shape[3])}")
     if len(contexts) == 1:
         packed = packed_attention(q, contexts[0], scale, softcap)
     else:
         rows = q.split(q.shape[0] // len(contexts))
         parts = [packed_attention(part, c, scale, softcap) for part, c in zip(rows, contexts, strict=True)]
         packed = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    tail = attention(q, k, v, scale, causal=mask is None, mask=mask, softcap=softcap)
     return with_sinks(merge(packed, tail), sinks)
 
 
@@ -213,9 +243,22 @@ def packed_attention(
 
     Returns:
         As :func:`attention`.
+
+    Raises:
+        TypeError: no packed context.
+        ValueError: heads, sizes or types that are not those of the context.
     """
+    if not isinstance(context, PackedHeads):
+        raise TypeError(f"contexts holds a {type(context).__name__}; give PackedHeads")
     b, heads, n, d = q.shape
     key_heads = len(context.lengths)
+    if heads % key_heads or d != context.head_dim:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit contexts of {key_heads} heads of size {context.head_dim}; they belong to "
+            "another model"
+        )
+    if any(isinstance(t, Tensor) and t.dtype != q.dtype for t in (context.keys, context.values)):
+        raise ValueError(f"q is {q.dtype} and contexts holds pairs of another type; give one floating type")
     groups = heads // key_heads
     rows = q.unflatten(1, (key_heads, groups)).permute(1, 0, 2, 3, 4).reshape(key_heads, b * groups * n, d)
     if softcap is None and _varlen_serves(rows, context):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import check_strings, check_tensors, check_whole
+from ..arguments import check_choice, check_strings, check_tensors, check_whole
 
 BUDGETS = ("global", "layer", "uniform")
 
@@ -47,8 +47,7 @@ def pair_selection(
             f"scores has {len(scores)} layers and total={total}; give one layer or more, and tokens from 0"
         )
     check_strings(budget=budget)
-    if budget not in BUDGETS:
-        raise ValueError(f"budget={budget!r} must be one of {', '.join(BUDGETS)}")
+    check_choice(BUDGETS, budget=budget)
     heads = sum(len(c) for c in counts)
     if budget == "global":
         flat = highest(torch.cat([s.cpu() for s in scores]), round(ratio * total * heads))

@@ -25,6 +25,10 @@ class PackedHeads:
         lengths: pairs of each of the H heads.
         prefix: the first pairs of each head that are never evicted.
         scores: (N,) float32 log importance, +inf on the prefix; None if not kept.
+
+    Raises:
+        TypeError, ValueError: keys, values, lengths and scores that are not those of the same pairs, or a prefix that
+            is longer than a head.
     """
 
     keys: Tensor | Quantised
@@ -32,6 +36,27 @@ class PackedHeads:
     lengths: tuple[int, ...]
     prefix: int = 0
     scores: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        keys, values, lengths = self.keys, self.values, self.lengths
+        for name, pairs in (("keys", keys), ("values", values)):
+            if not isinstance(pairs, Quantised):
+                check_tensors(**{name: pairs})
+            if len(pairs.shape) != 2:
+                raise ValueError(f"{name} has the shape {tuple(pairs.shape)}; give (N, d)")
+        whole = isinstance(lengths, tuple) and lengths and all(type(n) is int and n >= 0 for n in lengths)
+        if not whole or not sum(lengths) == len(keys) == len(values):
+            raise ValueError(
+                f"lengths={lengths!r:.80} must be a tuple of the pairs of each head, keys and values having "
+                f"{len(keys)} and {len(values)} in all"
+            )
+        check_whole(prefix=self.prefix)
+        if not 0 <= self.prefix <= min(lengths):
+            raise ValueError(f"prefix={self.prefix} must lie in [0, {min(lengths)}], the pairs of the shortest head")
+        if self.scores is not None:
+            check_tensors(scores=self.scores)
+            if self.scores.shape != (len(keys),):
+                raise ValueError(f"scores has the shape {tuple(self.scores.shape)}; give ({len(keys)},), one a pair")
 
     @classmethod
     def pack(
@@ -53,8 +78,8 @@ class PackedHeads:
                 f"keys {tuple(keys.shape)}, values {tuple(values.shape)} and keep {tuple(keep.shape)} {keep.dtype} "
                 "must be (H, n, d), (H, n, dv) and (H, n) bool"
             )
-        if prefix < 0:
-            raise ValueError(f"prefix={prefix} must be at least 0")
+        if not 0 <= prefix <= keep.shape[1] or not bool(keep[:, :prefix].all()):
+            raise ValueError(f"prefix={prefix} must be at least 0, and keep True in that many first columns")
         if scores is not None:
             check_tensors(scores=scores)
             if scores.shape != keep.shape:
@@ -122,7 +147,20 @@ class PackedHeads:
         return replace(self, keys=self.keys[keep], values=self.values[keep], lengths=lengths, scores=scores)
 
     def append(self, other: PackedHeads) -> PackedHeads:
-        """The pairs of ``other`` behind those of every head; ``other`` has no prefix."""
+        """The pairs of ``other`` behind those of every head; ``other`` has no prefix.
+
+        Raises:
+            TypeError: no packed pairs.
+            ValueError: other heads, sizes or types.
+        """
+        if not isinstance(other, PackedHeads):
+            raise TypeError(f"other is a {type(other).__name__}; give PackedHeads")
+        kinds = [
+            (len(p.lengths), p.head_dim, p.value_dim, type(p.keys).__name__, _kind(p.keys), _kind(p.values))
+            for p in (self, other)
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"other has heads, sizes and types {kinds[1]}; give {kinds[0]}, as those here")
         order = _interleave(self.lengths, other.lengths).to(self.keys.device)
         scores = None
         if self.scores is not None and other.scores is not None:
@@ -147,6 +185,11 @@ class PackedHeads:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedHeads:
         return self
+
+
+def _kind(pairs: Tensor | Quantised) -> Any:
+    """What two arrays must share to be joined."""
+    return pairs.scale.shape[1] if isinstance(pairs, Quantised) else pairs.dtype
 
 
 def _cat(first: Tensor | Quantised, second: Tensor | Quantised) -> Any:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_channels, check_flags, check_generator, check_tensors, check_whole
 from ..extras import optional
 from .adversarial import normalise, unnormalise
 
@@ -40,18 +41,24 @@ def augmix(
         Like ``x``.
 
     Raises:
-        ValueError: inputs of another shape or range, or a severity outside 1 to 10.
+        TypeError: no tensor, no whole ``severity``, or an ``all_ops`` that is no bool.
+        ValueError: inputs of another shape, dtype or range, or a severity outside 1 to 10.
         ModuleNotFoundError: torchvision is not installed.
 
     References:
         Hendrycks et al., "AugMix: A simple data processing method to improve robustness and uncertainty", ICLR 2020.
     """
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"x has shape {tuple(x.shape)}; give images (B, 1, H, W) or (B, 3, H, W)")
+    check_tensors(x=x)
+    check_whole(severity=severity)
+    check_flags(all_ops=all_ops)
+    check_generator(generator)
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; give uint8 pixels, or floating ones")
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or not x.numel():
+        raise ValueError(f"x has the shape {tuple(x.shape)}; give images (B, 1, H, W) or (B, 3, H, W)")
     if not 1 <= severity <= 10:
-        raise ValueError(f"severity={severity} must lie in 1 to 10; 3 is usual")
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean={mean} and std={std} go together; give both or neither")
+        raise ValueError(f"severity={severity} must lie in [1, 10]; 3 is usual")
+    check_channels(mean, std, x.shape[1])
     transform = optional("torchvision.transforms.v2", "eval").AugMix(severity=severity, all_ops=all_ops)
     small = _to_bytes(x, mean, std)
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -76,14 +83,18 @@ def jensen_shannon_loss(*logits: Tensor) -> Tensor:
         Scalar float32: between 0 and the logarithm of how many there are.
 
     Raises:
-        ValueError: fewer than two, or of different shapes.
+        TypeError: no tensors.
+        ValueError: fewer than two, of different shapes, or empty.
 
     References:
         Hendrycks et al., ICLR 2020, section 3.
     """
-    if len(logits) < 2 or len({tuple(v.shape) for v in logits}) != 1 or logits[0].ndim != 2:
+    for view in logits:
+        check_tensors(logits=view)
+    if len(logits) < 2 or not logits[0].numel() or len({tuple(v.shape) for v in logits}) != 1 or logits[0].ndim != 2:
         raise ValueError(f"logits of shapes {[tuple(v.shape) for v in logits]}; give two or more of one shape (B, K)")
     views = torch.stack(logits).float().log_softmax(-1)
+    views = views.clamp_min(-1e4)  # a class that is masked out, of logit -inf, would be 0 * (inf - inf)
     middle = views.logsumexp(0) - math.log(len(logits))
     return F.kl_div(middle.expand_as(views), views, reduction="sum", log_target=True) / views[..., 0].numel()
 

@@ -90,8 +90,11 @@ def clean_loss(forward: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss = F.cross
         :func:`input_gradient` gives it.
 
     Raises:
+        TypeError: ``forward`` is no module, or does not return a tensor.
         ValueError: as :func:`input_gradient`.
     """
+    if not isinstance(forward, nn.Module):
+        raise TypeError(f"forward is a {type(forward).__name__}; give the bare nn.Module")
     check_batch(x)
     parameters = [p for p in forward.parameters() if p.requires_grad]
     with torch.enable_grad():
@@ -120,7 +123,7 @@ def saliency(gradient: Tensor) -> Tensor:
     """
     check_tensors(gradient=gradient)
     if gradient.ndim not in (3, 4) or not gradient.numel():
-        raise ValueError(f"gradient has shape {tuple(gradient.shape)}; give (B, C, H, W) or (B, C, L)")
+        raise ValueError(f"gradient has the shape {tuple(gradient.shape)}; give (B, C, H, W) or (B, C, L)")
     g = gradient.float()
     axes = tuple(range(1, g.ndim))
     peak = g.abs().amax(axes, keepdim=True)
@@ -149,7 +152,7 @@ def check_saliency(s: Tensor, x: Tensor) -> Tensor:
     check_tensors(s=s)
     expected = (len(x), *x.shape[2:])
     if s.shape != expected:
-        raise ValueError(f"s has shape {tuple(s.shape)}; give the saliency as {expected}")
+        raise ValueError(f"s has the shape {tuple(s.shape)}; give the saliency as {expected}")
     s = s.detach().to(x.device, torch.float32)
     if not bool((torch.isfinite(s) & (s >= 0)).all()):
         raise ValueError("s holds negative or non-finite values; saliency(gradient) guards against them")
@@ -169,8 +172,16 @@ def _downsize(x: Tensor, size: list[int]) -> Tensor:
 
 def _loss(forward: Forward, x: Tensor, y: Tensor, loss_fn: Loss) -> Tensor:
     logits = forward(x)
+    if not isinstance(logits, Tensor) or not callable(loss_fn):
+        raise TypeError(
+            f"forward gives a {type(logits).__name__} and loss_fn is a {type(loss_fn).__name__}; give a forward that "
+            "returns a tensor of logits, and a function of logits and y"
+        )
     with torch.autocast(x.device.type, enabled=False):
-        return loss_fn(logits.float(), y)
+        loss = loss_fn(logits.float(), y)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError("loss_fn must give one number, averaged over the batch; leave out reduction='none'")
+    return loss
 
 
 def _scaled_grad(loss: Tensor, x: Tensor, parameters: Sequence[Tensor] = ()) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from dataopt.core.arguments import check_choice, check_flags, check_strings
 from dataopt.core.artifacts import write_whole
 from dataopt.core.condense import Condensed, Scores
 from datasets import Array3D, ClassLabel, Dataset, Features, Image
@@ -52,6 +53,7 @@ def save_condensed(
         The folder.
 
     Raises:
+        TypeError: arguments of another type.
         ValueError: as :func:`push_condensed`, and a folder whose ``condensed.json`` or README is another's.
     """
     root = Path(folder)
@@ -198,6 +200,13 @@ def _write(
     root: Path, name: str, condensed: Condensed, png: bool, scores: Scores | None, licence: str | None,
     source: str | None,
 ) -> None:  # fmt: skip
+    if not isinstance(condensed, Condensed) or not isinstance(scores, Scores | None):
+        raise TypeError(
+            f"condensed is a {type(condensed).__name__} and scores a {type(scores).__name__}; give a Condensed, and "
+            "the Scores of evaluate or None"
+        )
+    check_flags(png=png)
+    check_strings(**{k: v for k, v in (("licence", licence), ("source", source)) if v is not None})
     channels = condensed.images.shape[1]
     if png and channels not in MODES:
         raise ValueError(
@@ -237,7 +246,7 @@ def _write(
     try:
         record = json.loads(json.dumps(record, allow_nan=False))  # as it is read back: lists for tuples
     except (TypeError, ValueError) as e:
-        raise ValueError(f"made holds what JSON cannot: {e}") from e
+        raise ValueError(f"made holds what JSON cannot ({e}); leave it out") from e
     text = card(name, record)
     for file, content in contents.items():
         write_whole(root / file, content)
@@ -318,8 +327,7 @@ def _read(
     local_files_only: bool,
 ) -> tuple[Dataset, Condensed]:
     """The stored images of a config, and all that belongs to them."""
-    if config not in (None, PNG, EXACT):
-        raise ValueError(f"config={config!r} must be {PNG!r} or {EXACT!r}")
+    check_choice((None, PNG, EXACT), config=config)
 
     def find(patterns: list[str], at: str | None) -> Path:
         return hub.find(
@@ -349,7 +357,7 @@ def _saved(root: Path, config: str | None) -> tuple[Dataset, Condensed]:
     condensed = Condensed.load(root)
     channels = condensed.images.shape[1]
     if config == PNG and channels not in MODES:
-        raise ValueError(f"config={PNG!r} is of PNG images, which have no {channels} channels")
+        raise ValueError(f"config={PNG!r} is of PNG images, which have no {channels} channels; give {EXACT!r}")
     stored = _stored(condensed, config or (PNG if channels in MODES else EXACT))
     return stored, as_png(condensed) if config == PNG else condensed
 
@@ -360,7 +368,7 @@ def _entry(root: Path, record: dict[str, Any], config: str | None) -> tuple[str,
         files = record["files"]
         config = config or next(name for name in (PNG, EXACT) if name in files)
         if config not in files:
-            raise ValueError(f"config={config!r} is not among those of {root}: {', '.join(files)}")
+            raise ValueError(f"config={config!r} is not among those of {root}; choose one of {', '.join(files)}")
         file, size, digest = (files[config][key] for key in ("file", "bytes", "sha256"))
         if not re.fullmatch(_FILES[config] + r"-[0-9a-f]{16}\.parquet", file, re.ASCII):
             raise TypeError(f"the file {file!r:.80}")
@@ -400,14 +408,16 @@ def _table(root: Path, file: str, size: int, digest: str) -> Dataset:
     """A parquet file of the folder, if it is the one that the record describes."""
     path = root / file
     if not os.path.lexists(path):
-        raise ValueError(f"{root} lacks {file}, which {RECORD} names; download it again")
+        raise ValueError(f"{root} lacks {file}, which {RECORD} names; save or download it again")
     content = hub.member(root, file).read_bytes()
     if len(content) != size:
-        raise ValueError(f"{path} has {len(content)} bytes where {RECORD} says {size}; download it again")
+        raise ValueError(f"{path} has {len(content)} bytes where {RECORD} says {size}; save or download it again")
     found = hashlib.sha256(content).hexdigest()
     if found != digest:
-        raise ValueError(f"{path} has the checksum {found[:16]} where {RECORD} says {digest[:16]}; download it again")
+        raise ValueError(
+            f"{path} has the checksum {found[:16]} where {RECORD} says {digest[:16]}; save or download it again"
+        )
     try:
         return Dataset(pq.read_table(io.BytesIO(content)))
     except Exception as e:  # pyarrow and datasets raise errors of many kinds
-        raise ValueError(f"{path} cannot be read as a parquet file ({e}); download it again") from e
+        raise ValueError(f"{path} cannot be read as a parquet file ({e}); save or download it again") from e

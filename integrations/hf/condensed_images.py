@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dataopt.core.arguments import check_strings
 from dataopt.core.condense import Condensed, MultiFormation
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
@@ -45,6 +46,9 @@ def decode_condensed(
     if mode == "bound":
         raise ValueError("mode='bound' depends on how many images are decoded at once; give 'single' or 'multi'")
     form = MultiFormation(factor, axes, mode)
+    check_strings(image_column=image_column)
+    if not isinstance(batch, Mapping) or image_column not in batch or not len(batch[image_column]):
+        raise ValueError(f"batch has no rows in image_column={image_column!r}; name the column that holds the images")
     x = pixels(batch[image_column], image_column)
     pictures = isinstance(batch[image_column][0], Picture)
     counts = form.counts(len(x))
@@ -84,7 +88,10 @@ def pixels(images: Any, name: str) -> Tensor:
             row = np.asarray(image, np.float32) / 255
             row = row[None] if row.ndim == 2 else row.transpose(2, 0, 1)
         else:
-            row = np.asarray(image)
+            try:
+                row = np.asarray(image)
+            except (TypeError, ValueError):  # lists of several lengths
+                row = np.zeros(0, object)
             if row.ndim != 3 or row.dtype.kind != "f":
                 raise TypeError(
                     f"{name} holds {type(image).__name__} ({row.dtype}, {row.ndim} axes), neither PIL images nor "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from dataopt.core.arguments import check_flags, check_strings, check_whole
 from dataopt.core.condense import Condensed
 from dataopt.core.condense.evaluate import training_augment
 from dataopt.core.condense.real import normalise
@@ -45,6 +47,7 @@ class CondensedDataModule(LightningDataModule):
         num_classes: of its labels, or of their names.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an argument outside its range, no mean and std to normalise with, or what :func:`load_condensed`
             raises; at the first batch, images that do not fit.
     """
@@ -66,11 +69,14 @@ class CondensedDataModule(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
+        check_strings(source=str(source) if isinstance(source, Path) else source)
+        check_whole(batch_size=batch_size, repeats=repeats, num_workers=num_workers, seed=seed)
+        check_flags(augment=augment, normalised=normalised, local_files_only=local_files_only)
         for name, value in (("batch_size", batch_size), ("repeats", repeats)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if num_workers < 0 or seed < 0:
-            raise ValueError(f"num_workers={num_workers} and seed={seed} must not be negative")
+            raise ValueError(f"num_workers={num_workers} and seed={seed} must be at least 0")
         self.source, self.val, self.test = source, val, test
         self.batch_size, self.repeats, self.num_workers = batch_size, repeats, num_workers
         self.augment, self.normalised = augment, normalised

@@ -11,12 +11,15 @@ from contextlib import suppress
 from typing import Any
 
 import dataopt.core
+import dataopt.integrations
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-_OURS = os.path.dirname(os.path.abspath(dataopt.core.__file__)) + os.sep
+_OURS = tuple(
+    os.path.dirname(os.path.abspath(str(room.__file__))) + os.sep for room in (dataopt.core, dataopt.integrations)
+)
 nan, inf = float("nan"), float("inf")
 
 VALUES: list[Any] = [
@@ -84,6 +87,21 @@ def spoil(data: st.DataObject, valid: dict[str, Any], keep: Iterable[str] = ()) 
         else:
             out[name] = data.draw(st.sampled_from(VALUES), name)
     return out
+
+
+def vary(
+    data: st.DataObject, valid: dict[str, Any], others: dict[str, list[Any]], keep: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Valid arguments, some of them from lists of others that are valid too; spoiled in half of the cases."""
+    chosen = {name: data.draw(st.sampled_from([valid[name], *others[name]]), name) for name in others}
+    return spoil(data, valid | chosen, keep) if data.draw(st.booleans(), "spoil") else valid | chosen
+
+
+def images(x: Tensor) -> list[Tensor]:
+    """A batch in other forms that hold valid images too."""
+    half = [x.to(torch.float16), x.to(torch.bfloat16), x.double()]
+    strided = torch.stack([x, x], -1)[..., 0]
+    return [*half, strided, x.to(memory_format=torch.channels_last), x.clone().requires_grad_(), x.clamp(0, 0.1)]
 
 
 def answer(

@@ -1,12 +1,22 @@
 """Puzzle Mix, Co-Mixup, CutMix and saliency on arguments that nobody should give: refused, or mixed rightly."""
 
 import torch
-from dataopt.core.mixup import Adversarial, CoMixup, CutMix, PuzzleMix, input_gradient, saliency
+from dataopt.core.mixup import (
+    Adversarial,
+    CoMixup,
+    CutMix,
+    PuzzleMix,
+    augmix,
+    clean_loss,
+    input_gradient,
+    jensen_shannon_loss,
+    saliency,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from .budget import tries
-from .spoiled import answer, finite, spoil
+from .spoiled import VALUES, answer, finite, images, spoil, vary
 
 B, K = 4, 3
 G = torch.Generator().manual_seed(0)
@@ -135,3 +145,71 @@ def test_saliency(data):
     s = answer(saliency, spoil(data, {"gradient": X}))
     if s is not None:
         assert finite(s) and bool((s >= 0).all()) and bool((s.flatten(1).sum(1) - 1).abs().max() < 1e-3)
+
+
+COLOUR = torch.rand(2, 3, 9, 9, generator=G)
+
+
+@tries(60)
+@given(st.data())
+def test_augmix(data):
+    """Images of the same form, in [0, 1] as pixels, that the generator alone decides."""
+    call = {"x": COLOUR, "severity": 3, "all_ops": False, "mean": None, "std": None}
+    small = [*images(COLOUR), COLOUR[:, :1], (COLOUR * 255).to(torch.uint8), COLOUR[:1, :, :1, :1]]
+    given_ = vary(data, call, {"x": small, "severity": [1, 10], "all_ops": [True]})
+    out = answer(augmix, given_ | {"generator": generator()}, [*call, "generator"])
+    if out is not None:
+        x = given_["x"]
+        assert out.shape == x.shape and out.dtype == x.dtype and finite(out)
+        if given_["mean"] is None and out.is_floating_point():
+            assert float(out.min()) >= 0 and float(out.max()) <= 1
+        assert torch.equal(out, augmix(**given_, generator=generator()))
+
+
+@tries(60)
+@given(st.data())
+def test_jensen_shannon(data):
+    """Between 0 and log 2, and what the definition says; a class may be masked out."""
+    first, second = torch.randn(2, 4, K, generator=G)
+    masked = [t.index_fill(1, torch.tensor([1]), -torch.inf) for t in (first, second)]
+    views = data.draw(st.sampled_from([(first, second), masked, (first, masked[1]), (first * 1e30, second)]), "views")
+    given_ = dict(zip(("first", "second"), views, strict=True))
+    given_ = spoil(data, given_) if data.draw(st.booleans(), "spoil") else given_
+    loss = answer(lambda first, second: jensen_shannon_loss(first, second), given_, ["logits"])
+    if loss is not None and all(not t.isnan().any() and bool((t < torch.inf).all()) for t in given_.values()):
+        p, q = (t.detach().double().softmax(1) for t in given_.values())
+        if bool((p.isfinite() & q.isfinite()).all()):
+            kl = [torch.where(a > 0, a * (a / ((p + q) / 2)).log(), 0.0).sum(1) for a in (p, q)]
+            assert abs(float(loss) - float((kl[0] + kl[1]).mean()) / 2) < 1e-4
+
+
+class Flat(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x.flatten(1), (0, K))[:, :K] * self.scale
+
+
+@tries(60)
+@given(st.data())
+def test_clean_loss(data):
+    """The loss and the gradients that one ordinary pass has."""
+    net, entropy = Flat(), torch.nn.functional.cross_entropy
+    call = {"forward": net, "x": X, "y": Y, "loss_fn": entropy}
+    losses = [None, lambda z, y: entropy(z, y, reduction="none"), lambda z, y: 3.0, lambda z, y: z.sum()]
+    given_ = vary(data, call, {"x": images(X), "loss_fn": losses, "forward": [*VALUES, torch.nn.Flatten]}, ("y",))
+    if isinstance(given_["x"], torch.Tensor) and (not given_["x"].ndim or len(given_["x"]) != B):
+        return  # what y may be is for the loss to say
+    found = answer(clean_loss, given_)
+    if found is not None:
+        loss, gradient = found
+        loss.backward()
+        again, x = Flat(), given_["x"].detach().clone().requires_grad_()
+        expected = given_["loss_fn"](again(x).float(), Y)
+        expected.backward()
+        assert gradient.shape == x.shape and gradient.dtype == torch.float32
+        torch.testing.assert_close(loss, expected.detach(), check_dtype=False)
+        torch.testing.assert_close(net.scale.grad, again.scale.grad, rtol=0.02, atol=1e-2)
+        torch.testing.assert_close(gradient, x.grad.float() * B, rtol=0.05, atol=1e-2)

@@ -1,13 +1,23 @@
 """Formation, augmentation, the condenser, what it makes and its evaluation, on arguments that make no sense."""
 
 import torch
-from dataopt.core.condense import Augment, Condensed, Condenser, MultiFormation, RealData, distance, evaluate, herd
+from dataopt.core.condense import (
+    Augment,
+    Condensed,
+    Condenser,
+    ExemplarMemory,
+    MultiFormation,
+    RealData,
+    distance,
+    evaluate,
+    herd,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ..core.condense.problem import made, tiny_net
 from .budget import tries
-from .spoiled import answer, finite, spoil
+from .spoiled import answer, finite, spoil, vary
 
 X, Y = made(2, 5, (1, 8, 8))
 STORED = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -109,3 +119,30 @@ def test_evaluate(data):
     scores = answer(evaluate, spoil(data, call), [*call, "images", "labels"])
     if scores is not None:
         assert all(0 <= row.mean <= 1 for row in scores.rows)
+
+
+@tries(40)
+@given(st.data())
+def test_exemplar_memory(data):
+    """New classes are stored beside the old, which stay bit for bit, also where the new ones are refused."""
+    recipe = Condenser(net, 1, 2, steps=1, init="random", augment=None, real_batch=4)
+    call = {"condenser": recipe, "method": "init", "stored": None}
+    old = Condensed(STORED, torch.tensor([5, 7]), 2, mean=(0.5,), std=(0.5,))
+    settings = vary(data, call, {"method": ["random", "condensed"], "stored": [old, old]})
+    memory = answer(ExemplarMemory, settings)
+    if memory is None:
+        return
+    before, classes = memory.stored, memory.classes
+    given_ = vary(data, {"images": X, "labels": Y}, {"images": [X.double(), X[..., :4], (X * 255).to(torch.uint8)],
+                                                     "labels": [Y + 9, Y.int(), Y * 7 + 5]})  # fmt: skip
+    new = answer(
+        lambda images, labels: memory.add(images, labels, progress=False), given_, [*given_, "condenser", "factor"]
+    )
+    if new is None:
+        assert memory.stored is before
+        return
+    seen = sorted(set(torch.as_tensor(given_["labels"]).tolist()))
+    assert new.labels.tolist() == seen and memory.classes == (*classes, *seen) and finite(new.images)
+    assert torch.equal(memory.stored.images[: len(classes)], before.images) if before else True
+    images, labels = memory.decode()
+    assert len(images) == len(labels) and set(labels.tolist()) == set(memory.classes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dataopt.core.arguments import check_choice, check_tensors
 from dataopt.core.kvzip import PackedHeads, head_selection, pair_selection, recent_window
 from dataopt.core.kvzip.budget import BUDGETS, check_ratio
 from torch import Tensor
@@ -42,14 +43,13 @@ class Options:
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         for name, allowed in (("level", LEVELS), ("budget", BUDGETS), ("norm", NORMS), ("bits", (None, 8, 4))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}")
+            check_choice(allowed, **{name: getattr(self, name)})
         for name, least in (("chunk", 1), ("prefill_chunk", 1), ("recent", 0), ("max_tokens", 1)):
             value = getattr(self, name)
             if not (name == "max_tokens" and value is None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         if self.level == "head" and (self.budget != "global" or self.max_tokens is not None):
-            raise ValueError("level='head' compares all heads: leave budget='global' and max_tokens=None")
+            raise ValueError("level='head' compares all heads; leave budget='global' and max_tokens=None")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,10 @@ def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel, tokeni
     from . import artifact
 
     config = model.config.get_text_config(decoder=True)
+    if not isinstance(source, Tensor | str | Path):
+        raise TypeError(f"head_scores is a {type(source).__name__}; give a tensor, a folder or a Hub repository id")
     if isinstance(source, Tensor):
+        check_tensors(head_scores=source)
         scores = source.detach().to("cpu", torch.float32, copy=True)  # the caller's own may change later
     else:
         scores = artifact.load_head_scores(source, model, tokenizer)
@@ -234,7 +237,7 @@ def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel, tokeni
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if scores.shape != (layers, heads) or scores.isnan().any():
         raise ValueError(
-            f"head_scores has shape {tuple(scores.shape)} and must be ({layers}, {heads}), one number for each key "
+            f"head_scores has the shape {tuple(scores.shape)} and must be ({layers}, {heads}), one number for each key "
             "head of each full-attention layer"
         )
     return scores

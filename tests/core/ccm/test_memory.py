@@ -78,7 +78,8 @@ def test_conditional_lora_equals_the_masked_form_and_leaves_other_rows_bit_for_b
     mask = torch.zeros(10, 1)
     mask[rows] = 1
     expected = plain + (mask.view(2, 5, 1) * up(down(hidden.float()))).to(dtype)
-    assert torch.equal(out, expected)
+    # a product of fewer rows may round otherwise, on some processors
+    torch.testing.assert_close(out, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
     others = mask.view(2, 5) == 0
     assert torch.equal(out[others], plain[others])
 
