@@ -16,4 +16,6 @@ def optional(module: str, extra: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as e:
         missing = (e.name or module).partition(".")[0]
-        raise ModuleNotFoundError(f"this needs {missing}: pip install 'dataopt[{extra}]'", name=e.name) from e
+        raise ModuleNotFoundError(
+            f'{missing} is not installed; get it with: pip install "dataopt[{extra}]"', name=e.name
+        ) from e

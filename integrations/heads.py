@@ -67,9 +67,7 @@ def logits_of(output: Any) -> Tensor:
         logits = next((x for x in output if isinstance(x, Tensor) and x.ndim == 2), None)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
-        raise ValueError(
-            f"the model returned logits of the shape {shape}; a classifier with (B, K) logits, K >= 2, is needed"
-        )
+        raise ValueError(f"the model returned logits of shape {shape}; give a classifier with (B, K) logits, K >= 2")
     return logits
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dataopt.core.arguments import check_choice
 from dataopt.core.artifacts import whole_file
 from dataopt.core.relation import Issues, find_issues
 from dataopt.core.relation.label_noise import MOST
@@ -81,8 +82,7 @@ class LabelCleaner:
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if action not in (None, *ACTIONS):
-            raise ValueError(f"action={action!r} must be None, {', '.join(map(repr, ACTIONS))}")
+        check_choice((None, *ACTIONS), action=action)
         self.every, self.listed = _schedule(epochs)
         if action is not None and epochs == "last":
             raise ValueError(f"action={action!r} with epochs='last' comes after the training; give a number or a list")

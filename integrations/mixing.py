@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dataopt.core.arguments import check_channels, check_choice
 from dataopt.core.extras import optional
 from dataopt.core.mixup import CoMixed, CoMixup, CutMix, Mixed, PuzzleMix, augmix, clean_loss, input_gradient, saliency
 from dataopt.core.mixup.adversarial import normalise, unnormalise
@@ -98,11 +99,11 @@ class Mixing:
             raise TypeError(f"mix is a {type(mix).__name__}; give a PuzzleMix or a CoMixup of dataopt.core.mixup")
         for name, value in (("prob", prob), ("switch_prob", switch_prob)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} is a probability; give a value in [0, 1]")
+                raise ValueError(f"{name}={value} must lie in [0, 1]")
         amounts = dict(cutmix_alpha=cutmix_alpha, off_epoch=off_epoch, clean_weight=clean_weight, seed=seed)
         for name, value in amounts.items():
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must not be negative or infinite")
+                raise ValueError(f"{name}={value} must be finite and not negative")
         if not 0 < saliency_resolution <= 1:
             raise ValueError(f"saliency_resolution={saliency_resolution} must lie in (0, 1]; 0.5 halves each side")
         if clean_weight > 0 and saliency_resolution < 1:
@@ -110,12 +111,10 @@ class Mixing:
                 f"saliency_resolution={saliency_resolution} with clean_weight={clean_weight}: the clean loss needs the "
                 "full inputs, so leave saliency_resolution at 1"
             )
-        if augment not in (None, "augmix"):
-            raise ValueError(f"augment={augment!r} is unknown; choose 'augmix' or None")
+        check_choice(("augmix", None), augment=augment)
         if augment is not None:
             optional("torchvision.transforms.v2", "eval")  # now, not at the first batch
-        if (mean is None) != (std is None):
-            raise ValueError(f"mean={mean} and std={std} go together; give both or neither")
+        check_channels(mean, std)
         if isinstance(mix, PuzzleMix) and mix.mean is not None:
             mean, std = mix.mean, mix.std
         self.mix = mix
@@ -162,7 +161,7 @@ class Mixing:
         """
         if self.augment is not None and (x.ndim != 4 or x.shape[1] not in (1, 3)):
             raise ValueError(
-                f"augment={self.augment!r} is for images (B, 1, H, W) or (B, 3, H, W), and the inputs have shape "
+                f"augment={self.augment!r} is for images (B, 1, H, W) or (B, 3, H, W), and the inputs have the shape "
                 f"{tuple(x.shape)}; leave augment out"
             )
         return one_hot(y, self.mix.num_classes, len(x)).to(x.device)

@@ -158,7 +158,9 @@ def take_snapshot(
     )
     found: list[Tensor] = []
     labels = torch.empty(rows, dtype=torch.int64)
-    bar = tqdm(zip(parts, batches, strict=True), "label cleaning", len(parts), disable=True if rank else None)
+    bar = tqdm(
+        zip(parts, batches, strict=True), "label cleaning", len(parts), unit="batch", disable=True if rank else None
+    )
     with undisturbed(model), Tap(model, classes, head) as tap:
         for part, batch in bar:
             given = _labels(batch, label_key, len(part))
@@ -183,7 +185,7 @@ def _labels(batch: Any, key: str | int | None, count: int) -> Tensor:
     label = batch[find_key(batch, key)]
     if not isinstance(label, Tensor) or label.shape != (count,) or label.is_floating_point():
         what = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
-        raise TypeError(f"labels of a batch are {what}; class ids of shape ({count},) are needed, one a row")
+        raise TypeError(f"labels of a batch are {what}; give class ids of shape ({count},), one a row")
     return label.long()
 
 

@@ -210,9 +210,9 @@ def test_grey_stays_grey_unless_a_picture_has_colour():
     wide = Image.fromarray(np.tile(np.repeat([255, 7, 255], [4, 12, 4]).astype(np.uint8), (4, 1)))
     assert read(wide, size=2)[0, 0].tolist() == [[7, 7], [7, 7]]  # the middle of it
     deep = Image.fromarray(np.full((4, 6), 700, np.uint16))
-    with pytest.raises(ValueError, match="picture of mode I;16 in row 1; convert such pictures to 8 bits"):
+    with pytest.raises(ValueError, match="image of mode I;16 in row 1; convert such images to 8 bits"):
         read(grey, deep)
-    with pytest.raises(ValueError, match="no picture in row 1"):
+    with pytest.raises(ValueError, match="no image in row 1"):
         read(grey, None)
 
 
@@ -220,7 +220,7 @@ def test_a_broken_picture_is_named(folder, tmp_path):
     shutil.copytree(folder / "test", tmp_path / "data")
     (tmp_path / "data" / "one" / "zzz.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
     result = run(tmp_path / "data", *SMALL, "--steps", 1, "--out", tmp_path / "out")
-    assert result.exit_code == 1 and "the picture in row 20 cannot be read" in result.output
+    assert result.exit_code == 1 and "the image in row 20 cannot be read" in result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -256,8 +256,8 @@ def test_results_and_scores_go_to_the_hub(hub, folder, tmp_path):
     ("arguments", "message"),
     [
         (["--factor", "9"], "factor=9 is larger than the 8 x 8 images"),
-        (["--factor", "two"], "--factor two must be a whole number from 1, or auto"),
-        (["--network", "vgg"], "--network vgg is unknown; give convnet, resnet10, resnetap10 or timm:NAME"),
+        (["--factor", "two"], "--factor two must be a whole number of at least 1, or auto"),
+        (["--network", "vgg"], "--network vgg must be convnet, resnet10, resnetap10 or timm:NAME"),
         (["--network", "resnet10"], "too small for ResNet-10"),
         (["--network", "timm:test_resnet", "--depth", "2"], "--depth 2 is for convnet"),
         (["--network", "timm:test_resnet"], "--width 4 is for networks of ours"),
@@ -284,7 +284,7 @@ def test_eval_refuses_what_it_cannot_test(condensed, folder, tmp_path):
         ([tmp_path], "holds no record.json; give the --out of dataopt condense"),
         ([condensed, "--test-split", "train"], "has no split train beside train to test on"),
         ([condensed, "--same-compute"], "--same-compute counts steps of --epochs; give both"),
-        ([condensed, "--network", "vgg"], "--network vgg is unknown"),
+        ([condensed, "--network", "vgg"], "--network vgg must be convnet"),
         ([condensed, "--test", tmp_path / "no where"], "is no file, no folder and no name of a data set"),
     ):
         result = run("eval", *args)

@@ -135,7 +135,7 @@ def test_compress_passes_every_option_on(model, text, tmp_path):
         (("--head-scores", "heads"), TEXT, "head_scores needs level='head'"),
         (("--device", "cuda:99"), TEXT, "device='cuda:99' cannot be used"),
         (("--device", "nonsense"), TEXT, "device='nonsense' cannot be used"),
-        (("--model", "smollm2", "--revision", "main"), TEXT, "comes from a pip package"),
+        (("--model", "smollm2", "--revision", "main"), TEXT, "is a pip package; leave it out"),
         (("--model", "/no/such/folder"), TEXT, "/no/such/folder"),
         ((), b" \n", "must be a text with at least one word"),
         ((), b"caf\xe9", "is not UTF-8 text (byte 3)"),

@@ -60,7 +60,7 @@ class Augment:
             check_numbers(crop=share)
         for name, value in (("crop", max(self._crop())), ("crop", min(self._crop())), ("cutout", self.cutout)):
             if not 0 <= value < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share of the image, in [0, 1)")
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1); it is a share of the image")
         if not 1 <= self.scale < float("inf"):
             raise ValueError(f"scale={self.scale} must be at least 1, which is off")
         if not 0 <= self.rotate <= 180:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_channel_numbers, check_label_names, check_strings, check_tensors
+from ..arguments import check_channel_numbers, check_choice, check_label_names, check_strings, check_tensors
 from . import files
 from .formation import MultiFormation
 from .real import normalise
@@ -59,8 +59,7 @@ class Condensed:
             raise ValueError(f"images holds values from {low:g} to {high:g}; give finite pixels in [0, 1]")
         if y.dtype != torch.int64 or y.shape != (len(x),) or int(y.min()) < 0:
             raise ValueError(f"labels is {y.dtype} of shape {tuple(y.shape)}; give ({len(x)},) int64 class ids from 0")
-        if self.mode not in ("single", "multi"):
-            raise ValueError(f"mode={self.mode!r} must be 'single' or 'multi'")
+        check_choice(("single", "multi"), mode=self.mode)
         self.formation.check((x.shape[2], x.shape[3]))
         for name in ("mean", "std"):
             check_channel_numbers(name, getattr(self, name), x.shape[1])
@@ -68,7 +67,9 @@ class Condensed:
             raise TypeError(f"made is a {type(self.made).__name__}; give a dict")
         check_label_names(self.label_names)
         if self.label_names is not None and len(self.label_names) <= int(y.max()):
-            raise ValueError(f"label_names has {len(self.label_names)} names for labels up to {int(y.max())}")
+            raise ValueError(
+                f"label_names has {len(self.label_names)} names for labels up to {int(y.max())}; give one a class"
+            )
 
     def __repr__(self) -> str:  # not every pixel
         stored = " x ".join(map(str, self.images.shape))
@@ -97,7 +98,7 @@ class Condensed:
         x = self.formation(self.images)
         if normalised:
             if self.mean is None or self.std is None:
-                raise ValueError("normalised=True needs mean and std, which this data set does not have")
+                raise ValueError("normalised=True needs mean and std, which this data set does not have; leave it out")
             x = normalise(x, self.mean, self.std)
         return x, self.formation.labels(self.labels)
 
@@ -133,4 +134,6 @@ class Condensed:
                 mean, std, dict(record["made"]), names,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path / NAME}.json is no record of a condensed data set ({e}); save it again") from e
+            raise ValueError(
+                f"{path / NAME}.json is no record of a condensed data set ({e}); save or download it again"
+            ) from e

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..arguments import check_label_names, check_numbers, check_strings, check_whole
+from ..arguments import check_choice, check_label_names, check_numbers, check_strings, check_whole
 from .augment import Augment, without_cutout
 from .checkpoint import Checkpoints
 from .condensed import Condensed
@@ -144,13 +144,11 @@ class Condenser:
 
     def __post_init__(self) -> None:
         check_strings(preset=self.preset)
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}")
+        check_choice(PRESETS, preset=self.preset)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            left = value is None and name in ("init", "optimiser")
-            if not left and not (isinstance(value, str) and value in choices):
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+            if value is not None or name not in ("init", "optimiser"):
+                check_choice(choices, **{name: value})
         if self.factor != "auto":
             MultiFormation(self.factor, self.axes)  # type: ignore[arg-type]
         if isinstance(self.steps, int) and self.steps < 1:
@@ -177,7 +175,7 @@ class Condenser:
         check_numbers(cutmix=self.cutmix)
         check_whole(seed=self.seed)
         if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"cutmix={self.cutmix} must be a probability")
+            raise ValueError(f"cutmix={self.cutmix} must lie in [0, 1]")
         free = self.network_steps == "free"
         if free and (self.match == "synthetic" or self.objective == "features"):
             raise ValueError(
@@ -225,7 +223,7 @@ class Condenser:
         check_label_names(label_names)
         if label_names is not None and len(label_names) != data.classes:
             empty = label_names[data.classes :]
-            what = f": {empty[0]!r} has no image; leave it out" if empty else ""
+            what = f": {empty[0]!r} has no image; leave it out" if empty else "; give one a class"
             raise ValueError(f"label_names has {len(label_names)} names for the {data.classes} classes of labels{what}")
         rank, world = _processes(data.classes)
         with own_random(self.seed, data.device):
@@ -301,7 +299,10 @@ class Condenser:
                 right.append(accuracy(net, lambda rows: data(held[rows]), y))
             scores[factor] = sum(right)
         if not scores:
-            raise ValueError(f"factors={self.factors} are all larger than the {data.size[0]} x {data.size[1]} images")
+            raise ValueError(
+                f"factors={self.factors} are all larger than the {data.size[0]} x {data.size[1]} images; give smaller "
+                "ones"
+            )
         return max(scores, key=lambda f: scores[f])  # of equal ones the first
 
     def _go(self, run: Run, store: Checkpoints | None, progress: bool | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..arguments import check_whole
+from ..arguments import check_choice, check_whole
 from .augment import Augment, without_cutout
 from .condensed import Condensed
 from .formation import MultiFormation
@@ -71,7 +71,7 @@ class Scores:
         for row in self.rows:
             if row.data == data and network in (None, row.network):
                 return row
-        raise KeyError(f"{key!r}; there are {sorted({row.data for row in self.rows})}")
+        raise KeyError(f"key={key!r} is not among the rows; there are {sorted({row.data for row in self.rows})}")
 
     def to_pandas(self) -> pd.DataFrame:
         """One row for each score, accuracies in [0, 1]."""
@@ -201,8 +201,7 @@ def _check(seeds: Sequence[int], steps: int, epochs: int | None, baselines: Sequ
     if steps < 1 or (epochs is not None and epochs < 1):
         raise ValueError(f"steps={steps} and epochs={epochs} must be at least 1")
     for name in baselines:
-        if name not in BASELINES:
-            raise ValueError(f"baselines has {name!r}; choose from {', '.join(BASELINES)}")
+        check_choice(BASELINES, baselines=name)
 
 
 def _images(

@@ -65,30 +65,34 @@ def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} has format {version!r:.40} where this dataopt reads {VERSION}; use the dataopt it names"
         )
     if not isinstance(file, str) or not _is_ours(file, name) or not isinstance(record, dict):
-        raise ValueError(f"{path} names {file!r:.80} as its file of tensors, which no save does; download it again")
+        raise ValueError(
+            f"{path} names {file!r:.80} as its file of tensors, which no save does; save or download it again"
+        )
     target = folder / file
     if not target.is_file():
-        raise ValueError(f"{folder} lacks {file}, which {path.name} names; download it again")
+        raise ValueError(f"{folder} lacks {file}, which {path.name} names; save or download it again")
     member(folder, file)
     if target.stat().st_size != size:
-        raise ValueError(f"{target} has {target.stat().st_size} bytes where {path.name} says {size}; download it again")
+        raise ValueError(
+            f"{target} has {target.stat().st_size} bytes where {path.name} says {size}; save or download it again"
+        )
     with target.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != digest:
         raise ValueError(
-            f"{target} has the checksum {found[:16]} where {path.name} says {digest!r:.18}; download it again"
+            f"{target} has the checksum {found[:16]} where {path.name} says {digest!r:.18}; save or download it again"
         )
     try:
         with safe_open(target, "pt") as tensors:
             stored = dict(json.loads((tensors.metadata() or {})["record"]))
             out = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{target} is damaged ({type(e).__name__}: {e}); download it again") from e
+        raise ValueError(f"{target} is damaged ({type(e).__name__}: {e}); save or download it again") from e
     for key in sorted(stored.keys() | record.keys()):
         if stored.get(key) != record.get(key):
             raise ValueError(
                 f"{path} says {key}={record.get(key)!r:.60} where {file} was saved with {stored.get(key)!r:.60}; "
-                "download it again"
+                "save or download it again"
             )
     return out, record
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_strings, check_tensors, check_whole
+from ..arguments import check_choice, check_strings, check_tensors, check_whole
 
 AXES = ("space", "time")
 MODES = ("single", "multi", "bound")
@@ -46,13 +46,11 @@ class MultiFormation(nn.Module):
     def __init__(self, factor: int = 2, axes: str = "space", mode: str = "single", bound: int = 128):
         super().__init__()
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-            raise ValueError(f"factor={factor!r} must be a whole number from 1")
+            raise ValueError(f"factor={factor!r} must be a whole number of at least 1")
         check_strings(axes=axes, mode=mode)
         check_whole(bound=bound)
-        if axes not in AXES:
-            raise ValueError(f"axes={axes!r} must be one of {', '.join(AXES)}")
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+        check_choice(AXES, axes=axes)
+        check_choice(MODES, mode=mode)
         if bound < 1:
             raise ValueError(f"bound={bound} must be at least 1")
         self.factor, self.axes, self.mode, self.bound = factor, axes, mode, bound

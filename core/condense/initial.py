@@ -61,7 +61,7 @@ def initial_images(
     elif init == "centres":
         drawn = [_centres(data, c, tiles, generator) for c in classes]
     else:
-        raise ValueError(f"init={init!r} must be one of {', '.join(INITS)}")
+        raise ValueError(f"init={init!r} must be one of {', '.join(map(repr, INITS))}")
     return formation.assemble(torch.cat(drawn)).clamp(0, 1)
 
 
@@ -91,7 +91,7 @@ def herd(features: Tensor, count: int) -> Tensor:
     if features.ndim != 2 or not features.numel() or not features.is_floating_point():
         raise ValueError(f"features is {features.dtype} of shape {tuple(features.shape)}; give floating (n, d)")
     if not bool(features.isfinite().all()):
-        raise ValueError("features holds NaN or infinity; remove or recompute such rows")
+        raise ValueError("features holds non-finite values; remove or recompute such rows")
     if not 0 <= count <= len(features):
         raise ValueError(f"count={count} must lie in [0, {len(features)}], the rows that there are to choose from")
     mean, total = features.mean(0), torch.zeros_like(features[0])

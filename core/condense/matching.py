@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..arguments import check_tensors
+from ..arguments import check_choice, check_tensors
 from .networks import ConvNet
 
 METRICS = ("mse", "l1", "cosine")
@@ -52,7 +52,7 @@ def distance(synthetic: Sequence[Tensor], real: Sequence[Tensor], metric: str = 
             a, b = (t.flatten(2) if t.ndim > 2 else t[:, None] for t in (s, r))  # a vector is one channel
             total = total + (1 - F.cosine_similarity(a, b, dim=2, eps=1e-6)).sum(1)
         else:
-            raise ValueError(f"metric={metric!r} must be one of {', '.join(METRICS)}")
+            raise ValueError(f"metric={metric!r} must be one of {', '.join(map(repr, METRICS))}")
     return total
 
 
@@ -63,8 +63,7 @@ def matched_layers(model: nn.Module, layers: str = "conv") -> list[str]:
         ValueError: a network without convolution, or another choice.
     """
     names = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
-    if layers not in LAYERS:
-        raise ValueError(f"layers={layers!r} must be one of {', '.join(LAYERS)}")
+    check_choice(LAYERS, layers=layers)
     found = [name for name, ndim in names.items() if ndim > 2 or layers == "all"]
     if not found:
         shown = ", ".join(list(names)[:6]) + (", ..." if len(names) > 6 else "")

@@ -188,7 +188,7 @@ def _check_labels(labels: Tensor, rows: int) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels holds {labels.dtype}; give integer class ids")
     if labels.shape != (rows,):
-        raise ValueError(f"labels has the shape {tuple(labels.shape)} where ({rows},) was expected, one for each image")
+        raise ValueError(f"labels has the shape {tuple(labels.shape)} where ({rows},) was expected; give one an image")
     if int(labels.min()) < 0:
         row = int((labels < 0).nonzero()[0])
         raise ValueError(f"labels is {int(labels[row])} in row {row}; give class ids from 0")

@@ -53,11 +53,11 @@ class Adversarial:
     def __post_init__(self) -> None:
         check_numbers(p=self.p, eps=self.eps, step=self.step)
         if not 0 <= self.p <= 1:
-            raise ValueError(f"p={self.p} is a probability; give a value in [0, 1]")
+            raise ValueError(f"p={self.p} must lie in [0, 1]")
         for name in ("eps", "step"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must not be negative or infinite; 10/255 is the thesis' eps"
+                    f"{name}={getattr(self, name)} must be finite and not negative; 10/255 is the thesis' eps"
                 )
 
     def start(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Noise]:

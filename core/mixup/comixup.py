@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_numbers, check_strings, check_tensors
+from ..arguments import check_choice, check_numbers, check_strings, check_tensors
 from .grid import Grid, as_image, pool, resolve_grid
 from .mixed import check_constructor, draw_rng, one_hot, regions
 from .saliency import check_batch, check_saliency
@@ -60,13 +60,15 @@ class CoMixed:
         check_tensors(t=t)
         if t.ndim < (2 if line else 3) or len(t) != self.sources.shape[1] or not t.numel():
             raise ValueError(
-                f"t has shape {tuple(t.shape)}; give ({self.sources.shape[1]}, ..., {'L' if line else 'H, W'}) aligned "
-                "with the inputs"
+                f"t has the shape {tuple(t.shape)}; give ({self.sources.shape[1]}, ..., {'L' if line else 'H, W'}) "
+                "aligned with the inputs"
             )
         image = t.unsqueeze(-2) if line else t
         rows, cols = self.first.shape[1:]
         if image.shape[-2] % rows or image.shape[-1] % cols:
-            raise ValueError(f"t has sides {tuple(image.shape[-2:])}, which the grid {rows}x{cols} does not divide")
+            raise ValueError(
+                f"t has sides {tuple(image.shape[-2:])}, which the grid {rows}x{cols} does not divide; resize it"
+            )
         out = mix_regions(image, self.first, self.second)
         return out.squeeze(-2) if line else out
 
@@ -148,8 +150,7 @@ class CoMixup:
         for name, count in (("partition", partition), ("outputs", outputs), ("n_iter", n_iter), ("restarts", restarts)):
             if not (name == "outputs" and count is None) and (not isinstance(count, int | np.integer) or count < 1):
                 raise ValueError(f"{name}={count} must be a whole number of at least 1")
-        if threshold not in THRESHOLDS:
-            raise ValueError(f"threshold={threshold!r} is unknown; choose one of {', '.join(THRESHOLDS)}")
+        check_choice(THRESHOLDS, threshold=threshold)
         self.num_classes = num_classes
         self.alpha = alpha
         self.beta = beta
@@ -253,7 +254,7 @@ def _shares_given(lam: Tensor, batch: int) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as e:
         raise TypeError(f"lam={lam!r:.80} must be a ({batch},) tensor of shares of at least 0") from e
     if share.shape != (batch,) or not (np.isfinite(share) & (share >= 0)).all():
-        raise ValueError(f"lam has shape {share.shape}; give ({batch},) finite shares of at least 0")
+        raise ValueError(f"lam has the shape {share.shape}; give ({batch},) finite shares of at least 0")
     return share
 
 

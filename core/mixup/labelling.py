@@ -15,6 +15,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from ..arguments import check_choice
 from .grid import MaskCosts
 
 SOLVERS = ("auto", "numba", "scipy", "gco")
@@ -49,8 +50,7 @@ def solve_mask(costs: MaskCosts, solver: str = "auto") -> np.ndarray:
 
 
 def check_solver(solver: str) -> None:
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    check_choice(SOLVERS, solver=solver)
 
 
 def mask_energy(costs: MaskCosts, labels: np.ndarray) -> np.ndarray:
@@ -142,6 +142,6 @@ def _gco(costs: MaskCosts) -> np.ndarray:
         reason = child.stderr.decode(errors="replace").strip().splitlines()
         raise RuntimeError(
             f"solver='gco' failed with exit code {child.returncode} ({reason[-1] if reason else 'no message'}); "
-            'it needs the extra: pip install "dataopt[pygco]"'
+            'it needs the extra, get it with: pip install "dataopt[pygco]"'
         )
     return np.load(BytesIO(child.stdout))

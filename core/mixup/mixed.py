@@ -87,7 +87,7 @@ class Mixed:
         check_tensors(t=t)
         if t.ndim < self.mask.ndim or len(t) != len(self.mask) or not t.numel():
             raise ValueError(
-                f"t has shape {tuple(t.shape)}; give ({len(self.mask)}, ..., H, W) aligned with the inputs"
+                f"t has the shape {tuple(t.shape)}; give ({len(self.mask)}, ..., H, W) aligned with the inputs"
             )
         line = self.mask.ndim == 2
         image, mask = (t.unsqueeze(-2), self.mask.unsqueeze(1)) if line else (t, self.mask)
@@ -96,7 +96,7 @@ class Mixed:
             grid = self.moves[0].grid if self.moves else self.grid
             if grid and (size[0] % grid[0] or size[1] % grid[1]):
                 raise ValueError(
-                    f"t has sides {tuple(size)}, which the mix's {grid[0]}x{grid[1]} regions do not divide"
+                    f"t has sides {tuple(size)}, which the mix's {grid[0]}x{grid[1]} regions do not divide; resize it"
                 )
             mask = F.interpolate(mask.unsqueeze(1), size=size, mode="nearest").squeeze(1)
         finite = not t.is_floating_point() or bool(torch.isfinite(t).all())
@@ -199,7 +199,7 @@ def check_constructor(num_classes: int, alpha: float) -> None:
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be at least 1")
     if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha={alpha} must not be negative or infinite; 1.0 draws the share uniformly")
+        raise ValueError(f"alpha={alpha} must be finite and not negative; 1.0 draws the share uniformly")
 
 
 def regions(t: Tensor, rows: int, cols: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_channels, check_numbers, check_strings, check_whole
+from ..arguments import check_channels, check_choice, check_numbers, check_strings, check_whole
 from .adversarial import Adversarial, Noise, unnormalise
 from .grid import Grid, as_image, mask_costs, pool, region_distances, resolve_grid
 from .labelling import check_solver, solve_mask
@@ -109,10 +109,8 @@ class PuzzleMix:
         for name, size in (("neigh_size", neigh_size), ("transport_patch", transport_patch)):
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size} must be at least 1 pixel")
-        if data_term not in DATA_TERMS:
-            raise ValueError(f"data_term={data_term!r} is unknown; choose one of {', '.join(DATA_TERMS)}")
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport={transport!r} is unknown; choose 'iterative', 'exact' or None")
+        check_choice(DATA_TERMS, data_term=data_term)
+        check_choice(TRANSPORTS, transport=transport)
         check_solver(solver)
         if not isinstance(adversarial, Adversarial | None):
             raise TypeError(f"adversarial={adversarial!r:.80} must be an Adversarial, or None")

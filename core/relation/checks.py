@@ -52,7 +52,7 @@ def as_features(x: Any, name: str = "features", rows: int | None = None) -> Tens
     for part in chunks(len(out)):
         if not all(end.isfinite() for end in out[part].aminmax()):  # a tenth of the time of isfinite on all values
             row = part.start + int((~out[part].isfinite().all(1)).nonzero()[0])
-            raise ValueError(f"{name} holds NaN or infinity, first in row {row}; remove or recompute such rows")
+            raise ValueError(f"{name} holds non-finite values, first in row {row}; remove or recompute such rows")
     return out
 
 
@@ -96,7 +96,7 @@ def as_labels(y: Any, rows: int, classes: int, name: str = "labels") -> Tensor:
     bad = (out < 0) | (out >= classes)
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"{name} is {int(out[row])} in row {row}, outside the {classes} classes of probs (0 to C - 1)")
+        raise ValueError(f"{name} is {int(out[row])} in row {row}; give class ids of probs, 0 to {classes - 1}")
     if bool((out == out[0]).all()):
         raise ValueError(f"{name} is {int(out[0])} in every row; conflicts need rows of at least two classes")
     return out

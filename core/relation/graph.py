@@ -331,7 +331,7 @@ class RelationGraph:
         index = found.long().reshape(-1).cpu()
         bad = (index < 0) | (index >= len(self))
         if bad.any():
-            raise IndexError(f"row {int(index[bad][0])} is not among the {len(self)} rows (0 to {len(self) - 1})")
+            raise IndexError(f"row {int(index[bad][0])} is not among the {len(self)} rows; give 0 to {len(self) - 1}")
         return index
 
     def _rows(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
+
 SIMILARITIES = ("cosine", "rbf")
 
 
@@ -29,8 +31,7 @@ class Kernel:
     cut: float = 0.03
 
     def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(f"kernel={self.similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
+        check_choice(SIMILARITIES, kernel=self.similarity)
         if not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature:g} must be a positive number, such as 4")
         if not 0 <= self.cut < 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..arguments import check_numbers, check_strings
+from ..arguments import check_choice, check_numbers, check_strings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,9 +165,8 @@ def check(threshold: Any, update: str, max_iter: int | None, mode: str) -> None:
     """Refuse settings that mean nothing."""
     check_strings(update=update, mode=mode)
     check_numbers(threshold=0 if threshold is None else threshold, max_iter=0 if max_iter is None else max_iter)
-    for name, value, known in (("update", update, ("set", "single")), ("mode", mode, ("thesis", "released"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+    check_choice(("set", "single"), update=update)
+    check_choice(("thesis", "released"), mode=mode)
     if threshold is not None and not (0 <= threshold < np.inf):
         raise ValueError(f"threshold={threshold} must be a number of at least 0; None takes 0.05 of the largest score")
     if max_iter is not None and not (0 <= max_iter < np.inf and max_iter == int(max_iter)):

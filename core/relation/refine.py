@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from .checks import as_labels, as_tensor
 from .cleaning import Issues, find_issues
 
@@ -71,8 +72,7 @@ def refine(fit: Fit, labels: Any, *, action: str = "drop", max_rounds: int = 5, 
     Raises:
         TypeError, ValueError: an argument, or an output of ``fit``, that the message names.
     """
-    if action not in ("drop", "relabel"):
-        raise ValueError(f"action={action!r} is unknown; choose 'drop' or 'relabel'")
+    check_choice(("drop", "relabel"), action=action)
     if max_rounds < 1:
         raise ValueError(f"max_rounds={max_rounds} must be at least 1")
     if "resume" in options:

@@ -42,7 +42,7 @@ def decode(value: Any) -> Sound:
             f"a row of sound holds {kind}; give {{'array', 'sampling_rate'}}, {{'bytes', 'path'}} or a file's bytes"
         )
     if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
-        raise ValueError(f"a row of sound has the shape {samples.shape} or values that are not finite; leave it out")
+        raise ValueError(f"a row of sound has the shape {samples.shape} or non-finite values; leave it out")
     return samples, rate
 
 
@@ -62,7 +62,7 @@ def _read(file: Any, name: str) -> Sound:
         try:
             samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, OSError) as e:
-            raise ValueError(f"the sound file {name} cannot be read: {e}") from e
+            raise ValueError(f"the sound file {name} cannot be read ({e}); leave it out") from e
         return samples.mean(1), rate
     return read_wav(file, name)
 

@@ -66,7 +66,7 @@ def _what(record: dict[str, Any]) -> str:
 
 def _use(name: str, record: dict[str, Any]) -> str:
     settings = {k: record[k] for k in ("factor", "axes", "mode")}
-    return f"""## Training on it
+    return f"""## Use
 
 ```python
 from dataopt.integrations.hf import load_condensed  # pip install "dataopt[hf]"

@@ -11,6 +11,8 @@ from datasets import Array2D, Dataset, Features, concatenate_datasets
 from PIL.Image import Image
 from torch import nn
 
+from .inputs import check_column, check_dataset
+
 
 def add_saliency(
     dataset: Dataset,
@@ -75,15 +77,8 @@ def add_saliency(
         >>> next(iter(loader))["image"].shape
         torch.Size([4, 3, 32, 32])
     """
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, for a DatasetDict one split at a time"
-        )
-    if not len(dataset):
-        raise ValueError("dataset is empty; give at least one row")
-    for name, given in (("image_column", image_column), ("label_column", label_column)):
-        if given not in dataset.column_names:
-            raise ValueError(f"{name}={given!r} is not among the columns {dataset.column_names}")
+    check_dataset(dataset)
+    check_column(dataset, image_column=image_column, label_column=label_column)
     if column in dataset.column_names:
         raise ValueError(f"column={column!r} is already there; give another name, or remove_columns({column!r}) first")
     view = transform or default_view(model)

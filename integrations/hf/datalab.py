@@ -94,7 +94,7 @@ def register_relation_issue() -> type[RelationIssueManager]:
         known = issue_manager_factory.REGISTRY[issue_manager_factory.Task.CLASSIFICATION]
     except (AttributeError, KeyError, TypeError) as e:
         raise RuntimeError(
-            f"this cleanlab differs inside from 2.9 ({e}); pip install 'cleanlab[datalab]>=2.9,<2.10'"
+            f'this cleanlab differs inside from 2.9 ({e}); get it with: pip install "cleanlab[datalab]>=2.9,<2.10"'
         ) from e
     if known.get("relation") is not RelationIssueManager:
         issue_manager_factory.register(RelationIssueManager)

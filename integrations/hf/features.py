@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dataopt.core.arguments import check_choice
 from dataopt.core.tensor_file import load_tensors, save_tensors
 from dataopt.integrations.heads import Tap, unwrapped
 from dataopt.integrations.saliency_maps import weights_digest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import MODEL_MAPPING, PreTrainedModel
 
-from .inputs import Inputs, find_inputs, read_labels
+from .inputs import Inputs, check_dataset, find_inputs, read_labels
 
 _SHARD = 2048  # rows of a saved file, about
 
@@ -96,8 +97,7 @@ def model_outputs(
             ``out_dir`` of other data, weights or settings, or with a damaged file.
     """
     check_dataset(dataset)
-    if probs not in ("model", "out-of-fold"):
-        raise ValueError(f"probs={probs!r} is unknown; choose 'model' or 'out-of-fold'")
+    check_choice(("model", "out-of-fold"), probs=probs)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     labels, names = read_labels(dataset, label_column)
@@ -119,16 +119,6 @@ def model_outputs(
         assert made is not None
         made, names = _aligned(made, model, labels, names)
     return ModelOutputs(features, made, labels, names, inputs.modality, inputs.columns)
-
-
-def check_dataset(dataset: Any) -> None:
-    """Refuse what is no ``datasets.Dataset`` with rows."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, for a DatasetDict one split at a time"
-        )
-    if not len(dataset):
-        raise ValueError("dataset is empty; give at least one row")
 
 
 def outputs_key(dataset: Dataset, model: nn.Module, inputs: Inputs, batch_size: int, head: str | None) -> str:
@@ -252,7 +242,7 @@ def _running(
                 if bad.any():
                     row = rows[int(bad.nonzero()[0])]
                     raise ValueError(
-                        f"the model's {name} hold NaN or infinity in row {row}; look at it, or at the dtype"
+                        f"the model's {name} hold non-finite values in row {row}; look at it, or at the dtype"
                     )
             return {name: value.float().cpu().contiguous() for name, value in made.items()}
 
@@ -290,7 +280,9 @@ def _encoded(model: nn.Module, batch: dict[str, Tensor], modality: str) -> Tenso
         output = pooled
     if isinstance(output, Tensor):
         if output.ndim != 2:
-            raise ValueError(f"the encoder returned {tuple(output.shape)}; one vector for each row, (B, d), is needed")
+            raise ValueError(
+                f"the encoder returned {tuple(output.shape)}; give one that returns a vector for each row, (B, d)"
+            )
         return output
     hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     if hidden.ndim == 4:

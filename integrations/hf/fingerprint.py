@@ -81,11 +81,11 @@ def compare(saved: Any, now: Fingerprint, file: str) -> None:
         ValueError: naming the field that differs.
     """
     if not isinstance(saved, dict) or not now.keys() <= saved.keys():
-        raise ValueError(f"{file} holds no complete fingerprint of its model; save it again")
+        raise ValueError(f"{file} holds no complete fingerprint of its model; save or download it again")
     for name in ("config", "rope"):
         old, new = saved[name], now[name]
         if not isinstance(old, dict):
-            raise ValueError(f"{file} holds no complete fingerprint of its model; save it again")
+            raise ValueError(f"{file} holds no complete fingerprint of its model; save or download it again")
         # A field that one side lacks came or went with a version of transformers.
         for key in sorted(old.keys() & new.keys()) if name == "config" else sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):

@@ -98,7 +98,7 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
     if type(found) is not int or found < 1:
         raise ValueError(f"{path} has format_version {found!r:.80}; save or download it again")
     if found > version:
-        raise ValueError(f"{path} has the newer format {found}, and this dataopt reads {version}: update dataopt")
+        raise ValueError(f"{path} has the newer format {found}, and this dataopt reads {version}; update dataopt")
     if not unchanged:
         raise ValueError(f"{path} was changed after it was saved, or is damaged; save or download it again")
     return record

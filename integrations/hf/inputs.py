@@ -21,6 +21,23 @@ _PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_ext
 _NO_LIMIT = 10**6  # tokenizers without a length limit say 1e30
 
 
+def check_dataset(dataset: Any) -> None:
+    """Refuse what is no ``datasets.Dataset`` with rows."""
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, for a DatasetDict one split at a time"
+        )
+    if not len(dataset):
+        raise ValueError("dataset is empty; give at least one row")
+
+
+def check_column(dataset: Dataset, **names: str) -> None:
+    """Raise ValueError for the first argument that names no column."""
+    for argument, name in names.items():
+        if name not in dataset.column_names:
+            raise ValueError(f"{argument}={name!r} is not among the columns {dataset.column_names}; name one of them")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """A data set's input column, ready to be read in batches.
@@ -88,8 +105,7 @@ def find_inputs(
     """
     columns = (column,) if isinstance(column, str) else tuple(column or _guess(dataset))
     for name in columns:
-        if name not in dataset.column_names:
-            raise ValueError(f"input_column={name!r} is not among the columns {dataset.column_names}")
+        check_column(dataset, input_column=name)
     rows = dataset.with_format(None).select_columns(list(columns))
     if isinstance(rows.features[columns[0]], Audio):
         rows = rows.cast_column(columns[0], Audio(decode=False))  # decoded here, so that torchcodec is not needed
@@ -215,8 +231,7 @@ def read_labels(dataset: Dataset, column: str) -> tuple[Tensor, tuple[str, ...] 
     Raises:
         ValueError: a missing column, or a row without a label. TypeError: labels that are no classes.
     """
-    if column not in dataset.column_names:
-        raise ValueError(f"label_column={column!r} is not among the columns {dataset.column_names}")
+    check_column(dataset, label_column=column)
     feature = dataset.features[column]
     values = dataset.with_format(None).select_columns([column])[column][:]
     for row, value in enumerate(values):

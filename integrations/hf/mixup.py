@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataopt.core.arguments import check_choice
 from dataopt.core.artifacts import write_whole
 from dataopt.core.mixup import CoMixup, PuzzleMix
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class MixupTrainerMixin(_Base):
         self._mixup_loss = given.pop("loss_fn", F.cross_entropy)
         self._mixup_log_every = given.pop("log_every", 500)
         if self._mixup_log_every < 0:
-            raise ValueError(f"log_every={self._mixup_log_every} must not be negative; 0 logs no pictures")
+            raise ValueError(f"log_every={self._mixup_log_every} must be at least 0, which logs no pictures")
         check_soft_loss(self._mixup_loss, config.num_labels)
         self.mixing = build_mixing(self._method, config.num_labels, self._mixup_key, given)
         self._mixup_means = Means()
@@ -154,7 +155,7 @@ class MixupTrainerMixin(_Base):
         if found and (Path(found) / _FILE).exists():
             restore(self.mixing, Path(found) / _FILE)
         elif found:
-            _logger.warning("The checkpoint %s was written without mixing: its draws start from step 0.", found)
+            _logger.warning("The checkpoint %s was written without mixing: its draws start from step 0", found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
@@ -251,8 +252,7 @@ def mixup_trainer(method: str = "puzzle", trainer: type[Trainer] = Trainer) -> t
         'CoMixupTrainer'
     """
     mixins: dict[str, type[MixupTrainerMixin]] = {"puzzle": PuzzleMixTrainerMixin, "comixup": CoMixupTrainerMixin}
-    if method not in mixins:
-        raise ValueError(f"method={method!r} is unknown; choose 'puzzle' or 'comixup'")
+    check_choice(mixins, method=method)
     mixin = mixins[method]
     return type(mixin.__name__.replace("TrainerMixin", trainer.__name__), (mixin, trainer), {})
 

@@ -42,7 +42,9 @@ def as_signal(t: Tensor) -> Tensor:
         return t
     if t.ndim in (2, 3):
         return t.unsqueeze(1)
-    raise ValueError(f"the model's input has shape {tuple(t.shape)}; (B, C, H, W), (B, T, F) or (B, L) can be mixed")
+    raise ValueError(
+        f"the model's input has the shape {tuple(t.shape)}; (B, C, H, W), (B, T, F) or (B, L) can be mixed"
+    )
 
 
 class Logits(nn.Module):
@@ -67,8 +69,8 @@ def signal_mask(mask: Tensor, mixed: Mixed | CoMixed) -> Tensor:
     """
     if mixed.inputs.ndim != 3 or mask.shape[1:] != mixed.inputs.shape[2:]:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} beside inputs {tuple(mixed.inputs.shape)}; only masks of "
-            "sound (B, L) can be mixed, so leave it out of the batch"
+            f"attention_mask has the shape {tuple(mask.shape)} beside inputs {tuple(mixed.inputs.shape)}; only masks "
+            "of sound (B, L) can be mixed, so leave it out of the batch"
         )
     return (mixed.apply(mask.float()) > 0).to(mask.dtype)
 

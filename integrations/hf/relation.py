@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from dataopt.core.arguments import check_choice
 from dataopt.core.relation import Issues, find_issues
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from .features import check_dataset, model_outputs, outputs_key
-from .inputs import find_inputs, read_labels
+from .features import model_outputs, outputs_key
+from .inputs import check_dataset, find_inputs, read_labels
 from .scores import TYPES, as_table, check_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _KINDS = ("label", "outlier", "near_duplicate")
 
 
@@ -152,8 +153,7 @@ def clean_dataset(
             labels, with the first row that differs.
     """
     check_dataset(dataset)
-    if action not in ("drop", "relabel"):
-        raise ValueError(f"action={action!r} is unknown; choose 'drop' or 'relabel'")
+    check_choice(("drop", "relabel"), action=action)
     issues = (issues,) if isinstance(issues, str) else tuple(issues)
     if not issues or set(issues) - set(_KINDS):
         raise ValueError(f"issues={issues} must name one or more of {', '.join(_KINDS)}, and nothing else")
@@ -178,7 +178,7 @@ def clean_dataset(
         dropped = dropped | _later_copies(flagged("near_duplicate"), table["nearest_neighbor"].to_numpy(), dropped)
     if action == "relabel" and wrong.any():
         dataset = _relabelled(dataset, label_column, labels.numpy(), table["predicted_label"].to_numpy(), wrong, names)
-    _log.info("%d of %d rows dropped, %d labels looked at", dropped.sum(), len(dropped), wrong.sum())
+    _logger.info("Cleaning: %d of %d rows dropped, %d labels looked at", dropped.sum(), len(dropped), wrong.sum())
     return dataset.select(np.flatnonzero(~dropped))
 
 

@@ -67,7 +67,7 @@ def _read(path: Path, content: bytes | None = None) -> pd.DataFrame:
     try:
         return pd.read_parquet(path if content is None else io.BytesIO(content))
     except Exception as e:  # pandas and pyarrow raise errors of many kinds
-        raise ValueError(f"scores: {path} cannot be read as a parquet file ({e})") from e
+        raise ValueError(f"scores: {path} cannot be read as a parquet file ({e}); save or download it again") from e
 
 
 def check_rows(table: pd.DataFrame, labels: Tensor, names: tuple[str, ...] | None) -> pd.DataFrame:
@@ -275,11 +275,14 @@ def _section(table: pd.DataFrame, repo_id: str, config: str, split: str, model: 
     with_model = f" with {model}" if model else ""
     return f"""## Relation scores
 
-`{_HOME}/{config}/{split}/{_SCORES}` holds scores of {len(table)} rows, made{with_model} by dataopt's
-neural relation graph: {counts or "no flags"}. Low scores are bad; the rows are in the order of the split.
+`{_HOME}/{config}/{split}/{_SCORES}` holds scores of {len(table)} rows, made{with_model} by the
+[neural relation graph](https://arxiv.org/abs/2301.12321) (Kim et al., NeurIPS 2023) with
+[dataopt](https://pypi.org/project/dataopt/): {counts or "no flags"}. Low scores are bad; the rows are in the order of
+the split.
 
 ```python
-from dataopt.integrations.hf import clean_dataset, load_relation_scores
+from dataopt.integrations.hf import clean_dataset, load_relation_scores  # pip install "dataopt[hf]"
+
 scores = load_relation_scores({repo_id!r}{place})
 cleaned = clean_dataset(dataset, scores)
 ```"""

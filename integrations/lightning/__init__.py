@@ -39,4 +39,6 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] != "lightning":
             raise
-        raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[lightning]'", name=e.name) from e
+        raise ModuleNotFoundError(
+            f'{name} needs {e.name}; get it with: pip install "dataopt[lightning]"', name=e.name
+        ) from e

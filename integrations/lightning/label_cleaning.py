@@ -43,7 +43,7 @@ class LabelCleaningCallback(LabelCleaner, Callback):
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader):
             raise TypeError(
-                f"label cleaning needs one DataLoader to train with, and there is a {type(loader).__name__}"
+                f"label cleaning needs one DataLoader to train with, and there is a {type(loader).__name__}; give one"
             )
         if type(pl_module).forward is LightningModule.forward:
             raise ValueError(f"{type(pl_module).__name__} has no forward(); define it to map inputs to logits")

@@ -43,7 +43,7 @@ class MixupCallback(Callback):
 
     def __init__(self, mixing: Mixing, input_key: int | str, target_key: int | str, log_every: int):
         if log_every < 0:
-            raise ValueError(f"log_every={log_every} must not be negative; 0 logs no pictures")
+            raise ValueError(f"log_every={log_every} must be at least 0, which logs no pictures")
         self.mixing = mixing
         self.input_key = input_key
         self.target_key = target_key

@@ -42,4 +42,6 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] not in ("timm", "torchvision"):
             raise
-        raise ModuleNotFoundError(f"{name} needs {e.name}: pip install 'dataopt[timm]'", name=e.name) from e
+        raise ModuleNotFoundError(
+            f'{name} needs {e.name}; get it with: pip install "dataopt[timm]"', name=e.name
+        ) from e

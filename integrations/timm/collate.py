@@ -146,7 +146,9 @@ class MixCollate:
             assert self.saliency is not None  # or the samples would have had to carry it
             s = self.saliency(pixels)
             if s.ndim != 3 or len(s) != len(x):
-                raise ValueError(f"saliency= gave shape {tuple(s.shape)} for {len(x)} images; it must give (B, h, w)")
+                raise ValueError(
+                    f"saliency= gave the shape {tuple(s.shape)} for {len(x)} images; it must give (B, h, w)"
+                )
         mixed = self.mix(pixels, labels, _spread(s, pixels), generator=generator)
         return (mixed.inputs.mul(255).round().to(torch.uint8) if whole else mixed.inputs), mixed.targets
 

@@ -66,7 +66,10 @@ def teach(script: ModuleType, path: Path) -> None:
     """Teach timm's script to decode, and to validate on another data set."""
     missing = [name for name in ("parser", "_parse_args", "create_dataset") if not hasattr(script, name)]
     if missing:
-        stop(f"{path} has no {', '.join(missing)}: this train.py is not one that dataopt knows")
+        stop(
+            f"{path} has no {', '.join(missing)}, so it is no train.py that dataopt knows; take that of another "
+            "version of timm, or run without --train-script"
+        )
     parse, create = script._parse_args, script.create_dataset
     add_arguments(script.parser)
 
@@ -103,9 +106,9 @@ def with_condensed(create: Callable[..., Any], args: argparse.Namespace) -> Call
             stop(f"{source} is condensed and has training images only, no split {split!r}; name data to validate on "
                  "with --val-dataset or --val-data-dir, or give --val-split ''")  # fmt: skip
         if split not in _TRAIN:
-            stop(f"--train-split {split}: {source} is condensed and has the split train alone")
+            stop(f"--train-split {split}: {source} is condensed and has the split train alone; leave it out")
         if kwargs.get("class_map"):
-            stop(f"--class-map does not go with {source}, which is condensed: its labels are class ids")
+            stop(f"--class-map does not go with {source}, which is condensed: its labels are class ids; leave it out")
         try:
             reader = CondensedReader(source, cache_dir=root if source != root else None)
         except (ValueError, FileNotFoundError, PermissionError) as e:

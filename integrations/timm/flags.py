@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         values = read_config(config)
         unknown = sorted(set(values) - set(vars(parser.parse_args([]))))
         if unknown:
-            stop(f"{config} sets {', '.join(unknown)}, which this loop does not know; timm's own train.py may: "
+            stop(f"{config} sets {', '.join(unknown)}, which this loop does not know; timm's own train.py may, "
                  "give it with --train-script PATH")  # fmt: skip
         parser.set_defaults(**values)
     args, unknown = parser.parse_known_args(argv)
@@ -88,9 +88,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not prefix and not (args.data_dir and os.path.exists(args.data_dir)):
         stop(f"--data-dir {args.data_dir} does not exist; give a folder with train/ and validation/, or --dataset NAME")
     if args.amp_dtype not in ("float16", "bfloat16"):
-        stop(f"--amp-dtype {args.amp_dtype} is unknown; choose float16 or bfloat16")
+        stop(f"--amp-dtype {args.amp_dtype} must be float16 or bfloat16")
     if args.device not in ("", "cpu", "cuda", "mps", "xpu", "npu"):
-        stop(f"--device {args.device}: give cpu, or leave it out; accelerate assigns devices to processes")
+        stop(f"--device {args.device} is for accelerate to choose, for each process; give cpu, or leave it out")
     if args.resume and not os.path.isfile(args.resume):
         stop(f"--resume {args.resume} does not exist; give a checkpoint, for example last.pth.tar")
     if args.mixup in METHODS:

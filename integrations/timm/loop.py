@@ -125,7 +125,8 @@ def train_one_epoch(
     last, accum = len(loader) - 1, args.grad_accum_steps
     updates_done = epoch * -(-len(loader) // accum)
     total, seen = torch.zeros((), device=accelerator.device), 0
-    bar = tqdm(loader, f"Epoch {epoch}", disable=None if accelerator.is_main_process else True, leave=False)
+    disable = None if accelerator.is_main_process else True
+    bar = tqdm(loader, f"epoch {epoch}", unit="batch", disable=disable, leave=False)
     for i, (x, y) in enumerate(bar):
         if args.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from dataopt.core.arguments import check_choice
 from dataopt.core.mixup import CoMixup, PuzzleMix
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -51,8 +52,7 @@ class BatchMixer(Mixing):
             raise ValueError(f"smoothing={smoothing} must lie in [0, 1); timm's default is 0.1")
         if mode == "pair":
             raise ValueError("mode='pair' mixes two inputs with each other; choose 'batch', or with Puzzle Mix 'elem'")
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is unknown; choose 'batch' or 'elem'")
+        check_choice(MODES, mode=mode)
         if mode == "elem" and isinstance(mix, CoMixup):
             raise ValueError(
                 "mode='elem' decides for each input, but Co-Mixup mixes them jointly; leave mode at 'batch'"
@@ -82,7 +82,7 @@ class BatchMixer(Mixing):
         """
         if y.ndim == 2 and not self.multi_label:
             raise ValueError(
-                f"target has shape {tuple(y.shape)}: (B, K) targets need a binary cross-entropy criterion and, in "
+                f"target has the shape {tuple(y.shape)}: (B, K) targets need a binary cross-entropy criterion and, in "
                 "PuzzleMixup and CoMixupFn, multi_label=True; otherwise give (B,) class ids"
             )
         labels = self.labels(x, y)

@@ -31,7 +31,7 @@ def mixup_value(text: str) -> str | float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"unknown method {text!r}; available: {', '.join(METHODS)}, or a number, the alpha of timm's own mixup"
+            f"method {text!r} must be one of {', '.join(METHODS)}, or a number, the alpha of timm's own mixup"
         ) from None
 
 

@@ -109,7 +109,7 @@ class SaliencyFolder(Dataset):
         else:
             _logger.warning(
                 "SaliencyFolder keeps its own transform: %s would move the image and leave its saliency behind. Give "
-                "the augmentation as SaliencyFolder(transform=...), made of torchvision.transforms.v2.",
+                "the augmentation as SaliencyFolder(transform=...), made of torchvision.transforms.v2",
                 type(transform).__name__,
             )
 

@@ -73,13 +73,13 @@ class MixTask(ClassificationTask):
         if mix is None:
             raise TypeError(f"mix is missing; give dataopt.core.mixup.{name}(num_classes, ...)")
         if not isinstance(mix, self.method):
-            raise TypeError(f"mix is {type(mix).__name__}; give dataopt.core.mixup.{name}(num_classes, ...)")
+            raise TypeError(f"mix is a {type(mix).__name__}; give dataopt.core.mixup.{name}(num_classes, ...)")
         if criterion is None:
             from timm.loss import create_classification_loss
 
             criterion = create_classification_loss(**{**(criterion_kwargs or {}), "soft_targets": True})
         elif criterion_kwargs:
-            raise ValueError(f"criterion_kwargs={criterion_kwargs} with a criterion: give one of the two")
+            raise ValueError(f"criterion_kwargs={criterion_kwargs} with a criterion; give one of the two")
         check_soft_loss(criterion, mix.num_classes, "criterion", _SOFT)
         if isinstance(criterion, nn.Module) and device is not None:
             criterion = criterion.to(device)
@@ -163,7 +163,7 @@ class MixTask(ClassificationTask):
         if state and self.state_key in state:
             self.mixer.load_state_dict(state[self.state_key])
         elif self.verbose:
-            _logger.warning("The checkpoint was written without %s: its draws start from step 0.", self.method.__name__)
+            _logger.warning("The checkpoint was written without %s: its draws start from step 0", self.method.__name__)
 
 
 class PuzzleMixTask(MixTask):

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.path.insert(0, str(path.parent))  # as `python train.py` does: a timm checkout beside it comes first
     for needed in ("timm",) if path else ("timm", "accelerate"):
         if importlib.util.find_spec(needed) is None:
-            stop(f"{needed} is not installed: pip install 'dataopt[timm]'")
+            stop(f'{needed} is not installed; get it with: pip install "dataopt[timm]"')
     method = _method(rest)
     if path is None:
         from .loop import main as run_loop
@@ -125,7 +125,10 @@ def _teach(script: ModuleType, path: Path, method: str) -> None:
     task_class = TASKS[method]
     missing = [name for name in _PATCHED if not hasattr(script, name)]
     if missing:
-        stop(f"{path} has no {', '.join(missing)}: this train.py is not one that dataopt knows")
+        stop(
+            f"{path} has no {', '.join(missing)}, so it is no train.py that dataopt knows; take that of another "
+            "version of timm, or run without --train-script"
+        )
     parse_known, parse, train_one_epoch = script.parser.parse_known_args, script._parse_args, script.train_one_epoch
     add_arguments(script.parser)
     # timm compares both values with 0, some versions while parsing, and its collate mixes above 0

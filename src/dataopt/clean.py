@@ -181,7 +181,7 @@ def load_model(name: str, data: datasets.Dataset, input_column: str | None, prob
     modality = find_inputs(data, nn.Identity(), input_column, None, transform=_unused).modality
     processors = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
     if modality not in processors:
-        raise ValueError("the input column holds neither texts nor pictures nor sounds; give --input-column")
+        raise ValueError("the input column holds neither texts nor images nor sounds; give --input-column")
     heads = {"text": "SequenceClassification", "image": "ImageClassification", "audio": "AudioClassification"}
     kind = "AutoModel" if probs == "out-of-fold" else f"AutoModelFor{heads[modality]}"
     processor = getattr(transformers, processors[modality]).from_pretrained(name)
@@ -234,7 +234,7 @@ def _map_table(
 
 
 def _map_parts(graphs: Sequence[RelationGraph], suspects: Tensor) -> Iterator[tuple[np.ndarray, ...]]:
-    for i in tqdm(suspects.tolist(), desc="relation maps", disable=None):
+    for i in tqdm(suspects.tolist(), desc="relation maps", unit="row", disable=None):
         m = relation_map(graphs, i)
         strength = torch.maximum(m.mean.abs(), m.last.abs())
         best = strength.topk(min(_MAP, len(strength))).indices
@@ -264,7 +264,7 @@ def summary(record: dict[str, Any], table: pd.DataFrame, out: Path) -> str:
     done = "dropped" if record["settings"]["action"] == "drop" else "relabelled"
     lines += [
         "",
-        f"{out / 'report.html'}: what was found, with pictures and reasons",
+        f"{out / 'report.html'}: what was found, with images and reasons",
         f"{out / 'scores.parquet'}: all scores",
         f"{out / 'cleaned'}: {counts['cleaned_rows']:,} rows, issues {done}",
         f"Look before you train on it: dataopt review {out}",

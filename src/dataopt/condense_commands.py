@@ -61,7 +61,7 @@ class Network:
             kind = ResNet10 if self.name == "resnet10" else ResNetAP10
             return lambda: kind(channels, classes, size, self.width or 64)
         if not self.name.startswith("timm:"):
-            raise ValueError(f"--network {self.name} is unknown; give convnet, resnet10, resnetap10 or timm:NAME")
+            raise ValueError(f"--network {self.name} must be convnet, resnet10, resnetap10 or timm:NAME")
         if self.width is not None:
             raise ValueError(f"--width {self.width} is for networks of ours, not for {self.name}; leave it out")
         import timm
@@ -370,7 +370,7 @@ def _factor(text: str) -> int | str:
     if text == "auto":
         return text
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"--factor {text} must be a whole number from 1, or auto")
+        raise ValueError(f"--factor {text} must be a whole number of at least 1, or auto")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a data set as one tensor, as a command line asks for it."""
+"""Images of a data set as one tensor, as a command line asks for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GREY, _COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "
 
 
 def find_images(data: datasets.Dataset, column: str | None) -> str:
-    """The column of pictures: the one that is named, or the only one.
+    """The column of images: the one that is named, or the only one.
 
     Raises:
         ValueError: none or several, or a column of something else.
@@ -22,40 +22,42 @@ def find_images(data: datasets.Dataset, column: str | None) -> str:
     if column is None:
         if len(found) != 1:
             raise ValueError(
-                f"the column of pictures is not clear among {', '.join(data.column_names)}; give --input-column"
+                f"the column of images is not clear among {', '.join(data.column_names)}; give --input-column"
             )
         return found[0]
     if column not in data.column_names:
-        raise ValueError(f"--input-column {column} is not among the columns {', '.join(data.column_names)}")
+        raise ValueError(
+            f"--input-column {column} is not among the columns {', '.join(data.column_names)}; name one of them"
+        )
     if column not in found:
         raise ValueError(
-            f"--input-column {column} holds {data.features[column]}, not pictures; cast it to datasets.Image (sounds: "
+            f"--input-column {column} holds {data.features[column]}, not images; cast it to datasets.Image (sounds: "
             "make spectrograms of them)"
         )
     return column
 
 
 def read_images(data: datasets.Dataset, column: str, size: int | None, grey: bool | None = None) -> Tensor:
-    """All pictures of a column.
+    """All images of a column.
 
     Args:
-        size: side of the square that the middle of each picture is resized to; None keeps pictures, which must then
+        size: side of the square that the middle of each image is resized to; None keeps images, which must then
             have one size.
-        grey: one channel or three; None is grey where all pictures are.
+        grey: one channel or three; None is grey where all images are.
 
     Returns:
         (n, C, H, W) uint8.
 
     Raises:
-        ValueError: pictures of different sizes, or one that cannot be read, named by its row.
+        ValueError: images of different sizes, or one that cannot be read, named by its row.
     """
     rows = data.with_format(None).select_columns([column]).cast_column(column, datasets.Image(decode=True))
     out: list[np.ndarray] = []
-    for row in tqdm(range(len(rows)), desc="reading pictures", unit="picture", disable=None):
+    for row in tqdm(range(len(rows)), desc="images", unit="image", disable=None):
         out.append(_pixels(_open(rows, column, row), row, column, size))
         if out[row].shape[:2] != out[0].shape[:2]:
             (h, w), (high, wide) = out[0].shape[:2], out[row].shape[:2]
-            raise ValueError(f"pictures have different sizes ({w} x {h}, in row {row} {wide} x {high}); give --size")
+            raise ValueError(f"images have different sizes ({w} x {h}, in row {row} {wide} x {high}); give --size")
     coloured = any(pixels.ndim == 3 for pixels in out)
     if grey is None:
         grey = not coloured
@@ -71,9 +73,9 @@ def _open(rows: datasets.Dataset, column: str, row: int) -> Image.Image:
     try:
         image = rows[row][column]
     except (OSError, SyntaxError, ValueError) as e:  # of Pillow, for broken files
-        raise ValueError(f"the picture in row {row} cannot be read ({e}); leave it out") from e
+        raise ValueError(f"the image in row {row} cannot be read ({e}); leave it out") from e
     if image is None:
-        raise ValueError(f"column {column} holds no picture in row {row}; leave the row out")
+        raise ValueError(f"column {column} holds no image in row {row}; leave the row out")
     return image
 
 
@@ -81,7 +83,7 @@ def _pixels(image: Image.Image, row: int, column: str, size: int | None) -> np.n
     """(H, W) or (H, W, 3) uint8."""
     if image.mode not in _GREY + _COLOUR:
         raise ValueError(
-            f"column {column} holds a picture of mode {image.mode} in row {row}; convert such pictures to 8 bits first"
+            f"column {column} holds an image of mode {image.mode} in row {row}; convert such images to 8 bits first"
         )
     image = image.convert("L" if image.mode in _GREY else "RGB")
     if size is not None:

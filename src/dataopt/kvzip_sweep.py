@@ -84,7 +84,7 @@ def measure(cache: KVzipCache, ratios: Sequence[float], questions: Sequence[tupl
         questions: with their answers.
     """
     rows = []
-    for ratio in tqdm(ratios, desc="ratios", disable=None, leave=False):
+    for ratio in tqdm(ratios, desc="ratios", unit="ratio", disable=None, leave=False):
         if ratio < cache.options.ratio:
             cache.prune(ratio)
         kept = [_answer(cache, question, answer) for question, answer in questions]

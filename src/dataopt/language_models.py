@@ -41,7 +41,9 @@ class Source:
             from .smollm2 import load_smollm2
 
             if self.revision is not None:
-                raise ValueError(f"revision={self.revision!r}: {SMOLLM2} comes from a pip package and has none")
+                raise ValueError(
+                    f"revision={self.revision!r} is for the Hub and {SMOLLM2} is a pip package; leave it out"
+                )
             model, tokenizer = load_smollm2(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, revision=self.revision, dtype=self.dtype).eval()
@@ -72,4 +74,4 @@ def decode(content: bytes, name: str) -> str:
 def check_out(out: Path, overwrite: bool) -> None:
     """Raises ValueError for a folder with something in it."""
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty; give another folder, or --overwrite")
+        raise ValueError(f"--out {out} is not empty; give another folder, or --overwrite")

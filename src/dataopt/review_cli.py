@@ -27,7 +27,7 @@ def review(
         reading = importlib.import_module("dataopt.review.folder")
         store = importlib.import_module("dataopt.review.decisions")
         if export and export.is_dir() and any(export.iterdir()) and not overwrite:
-            raise ValueError(f"{export} is not empty; give another folder, or --overwrite")
+            raise ValueError(f"--export {export} is not empty; give another folder, or --overwrite")
         read = reading.read_folder(folder)
         decisions = store.open_decisions(folder, read.scores["given_label"].to_dict())
         try:

@@ -44,7 +44,9 @@ def find_source(name: str, split: str | None, config: str | None, revision: str 
     try:
         revision = HfApi().dataset_info(name, revision=revision).sha  # so that it is found again as it is now
     except HFValidationError as e:
-        raise ValueError(f"{name!r} is no file, no folder and no name of a data set on the Hub") from e
+        raise ValueError(
+            f"{name!r} is no file, no folder and no name of a data set on the Hub; give one of them"
+        ) from e
     names = datasets.get_dataset_split_names(name, config, revision=revision)
     split = _one_split(name, names, split)
     return {"kind": "hub", "name": name, "config": config, "revision": revision, "split": split}
@@ -95,16 +97,19 @@ def _load(source: Mapping[str, Any]) -> datasets.Dataset:
         files = [name] if isinstance(name, str) else list(name)
         builder = _BUILDERS.get(Path(files[0]).suffix.lower())
         if builder is None:
-            raise ValueError(f"{files[0]} is of no known format; use one of {', '.join(_BUILDERS)}")
+            raise ValueError(f"{files[0]} is of no known format; give one of {', '.join(_BUILDERS)}")
         loaded = datasets.load_dataset(builder, data_files=files, split=split or "train")
     elif kind == "folder":
         loaded = datasets.load_dataset(os.fspath(Path(name).resolve()), source.get("config"), split=split)
     elif kind == "hub":
         loaded = datasets.load_dataset(name, source.get("config"), split=split, revision=source.get("revision"))
     else:
-        raise ValueError(f"source kind {kind!r:.80} is unknown; use hub, folder, disk or files")
+        raise ValueError(f"source kind {kind!r:.80} must be one of hub, folder, disk, files")
     if not isinstance(loaded, datasets.Dataset):
-        raise ValueError(f"{name} has several splits ({', '.join(loaded)}) and the record names none")
+        raise ValueError(
+            f"{name} has several splits ({', '.join(loaded)}) and the record names none; run the command again with "
+            "--split"
+        )
     return loaded
 
 
@@ -129,13 +134,17 @@ def label_ids(data: datasets.Dataset, column: str, names: list[str]) -> np.ndarr
         ValueError: no such column, or a label that is no place or none of the names.
     """
     if column not in data.column_names:
-        raise ValueError(f"the data set has no column {column!r} now, but {', '.join(data.column_names)}")
+        raise ValueError(
+            f"column {column!r} is no longer among the columns {', '.join(data.column_names)}; run dataopt clean again"
+        )
     values = data.with_format("arrow")[:][column].to_pylist()
     places = {name: i for i, name in enumerate(names)}
     try:
         return np.array([places[v] if isinstance(v, str) else int(v) for v in values], dtype=np.int64)
     except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f"column {column!r} holds a label that was not there when it was reviewed ({e})") from e
+        raise ValueError(
+            f"column {column!r} holds a label that was not there when it was reviewed ({e}); run dataopt clean again"
+        ) from e
 
 
 def labels_hash(labels: np.ndarray) -> str:

@@ -87,7 +87,7 @@ def test_a_batch_that_is_not_mixed_is_not_augmented():
 
 @pytest.mark.parametrize("mix", [PuzzleMix(CLASSES), CoMixup(CLASSES)])
 def test_augment_refuses_what_is_no_image(mix, monkeypatch):
-    with pytest.raises(ValueError, match="augment='jitter' is unknown; choose 'augmix'"):
+    with pytest.raises(ValueError, match="augment='jitter' must be one of 'augmix', None"):
         Mixing(mix, augment="jitter")
     with pytest.raises(ValueError, match="go together"):
         Mixing(mix, augment="augmix", mean=MEAN)
@@ -98,7 +98,7 @@ def test_augment_refuses_what_is_no_image(mix, monkeypatch):
     with pytest.raises(ValueError, match="give the mean= and std="):
         Mixing(mix, augment="augmix")(Net(), 4 * x, y)
     monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"this needs torchvision: pip install 'dataopt\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'torchvision is not installed; .*"dataopt\[eval\]"'):
         Mixing(mix, augment="augmix")
 
 

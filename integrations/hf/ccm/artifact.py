@@ -71,19 +71,25 @@ def load(folder: Path, model: CCMModel, prefix: int) -> Memory:
     pairs, steps = _count(record, "pairs", path), _count(record, "steps", path)
     text = _count(record, "text", path)
     if record.get("prefix") != prefix:
-        raise ValueError(f"{path} has a prefix of {record.get('prefix')!r} tokens and the model {prefix}")
+        raise ValueError(
+            f"{path} has a prefix of {record.get('prefix')!r} tokens and the model {prefix}; save or download it again"
+        )
     n = model.ccm_config.comp_tokens
     expected = prefix + (n * steps if model.ccm_config.mode == "concat" else n * min(steps, 1))
     if pairs != expected:
-        raise ValueError(f"{path} says {pairs} pairs for {steps} contexts, which would be {expected}; save it again")
+        raise ValueError(
+            f"{path} says {pairs} pairs for {steps} contexts, which would be {expected}; save or download it again"
+        )
     name = record.get("tensors")
     if not isinstance(name, str) or not TENSORS.fullmatch(name):
-        raise ValueError(f"{path} names {name!r:.80} as its file of tensors, which no save does; save it again")
+        raise ValueError(
+            f"{path} names {name!r:.80} as its file of tensors, which no save does; save or download it again"
+        )
     file = hub.member(folder, name)
     try:
         tensors, _ = load_tensors(file)
     except ValueError as e:
-        raise ValueError(f"{file} is damaged ({e}); save it again") from e
+        raise ValueError(f"{file} is damaged ({e}); save or download it again") from e
     layers = _layers(tensors, model, pairs, file)
     return Memory(layers, torch.ones(1, pairs, dtype=torch.bool), (steps,), (text,))
 
@@ -92,7 +98,7 @@ def _layers(tensors: dict[str, Tensor], model: CCMModel, pairs: int, file: Path)
     base = model.language_model
     count = base.config.get_text_config(decoder=True).num_hidden_layers
     if tensors.keys() != {f"{i}.{part}" for i in range(count) for part in ("keys", "values")}:
-        raise ValueError(f"{file} does not hold keys and values of {count} layers; save it again")
+        raise ValueError(f"{file} does not hold keys and values of {count} layers; save or download it again")
     dtype = base.dtype
     if model.ccm_config.mode == "merge":
         dtype = torch.promote_types(dtype, torch.float32)
@@ -102,10 +108,11 @@ def _layers(tensors: dict[str, Tensor], model: CCMModel, pairs: int, file: Path)
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or tensor.dtype != dtype:
             raise ValueError(
-                f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]} {dtype}; save it again"
+                f"{file}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shapes[name]} {dtype}; save or download "
+                "it again"
             )
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{file}: {name} has values that are not finite; compress the contexts again")
+            raise ValueError(f"{file}: {name} holds non-finite values; compress the contexts again")
     where = decoder.layer_devices(model.language_model)
     return tuple((tensors[f"{i}.keys"].to(where[i]), tensors[f"{i}.values"].to(where[i])) for i in range(count))
 
@@ -118,5 +125,5 @@ def _made_with(model: CCMModel) -> dict[str, Any]:
 def _count(record: dict[str, Any], name: str, path: Path) -> int:
     value = record.get(name)
     if type(value) is not int or value < 0:
-        raise ValueError(f"{path}: {name}={value!r:.80} must be a whole number; save it again")
+        raise ValueError(f"{path}: {name}={value!r:.80} must be a whole number; save or download it again")
     return value

@@ -339,7 +339,7 @@ class CCMCache(ReusableCache):
             raise ValueError("caches is empty; give at least one")
         first = caches[0]
         if any(c.model is not first.model for c in caches):
-            raise ValueError("memories of different models cannot be stacked")
+            raise ValueError("memories of different models cannot be stacked; give those of one")
         if all(c._memory is None for c in caches):
             raise ValueError("no memory holds a context; append one to at least one of them")
         return cls._of(first, stacked([c._memory for c in caches], first._prefix))

@@ -18,7 +18,7 @@ from .rows import Query, at_least_one, ccm_row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def demonstration_rows(
@@ -208,15 +208,12 @@ def _mapped(
     keep_last: bool = False,
 ) -> Dataset:
     """The rows of a form; beyond ``max_tokens`` contexts are left out, the first ones with ``keep_last``."""
-    from datasets import Dataset
+    from ..inputs import check_dataset
 
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, for a DatasetDict one split at a time"
-        )
+    check_dataset(dataset)
     for name in columns:
         if name not in dataset.column_names:
-            raise ValueError(f"column {name!r} is not among the columns {dataset.column_names}; name yours")
+            raise ValueError(f"column {name!r} is not among the columns {dataset.column_names}; name one of them")
     at_least_one("max_context_tokens", max_context_tokens)
     at_least_one("max_tokens", max_tokens)
     first = first_ids(tokenizer)
@@ -269,14 +266,14 @@ def _mapped(
         return out
 
     rows = dataset.with_format(None).map(
-        rows_of, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="making rows"
+        rows_of, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="rows"
     )
     if not len(rows):
         raise ValueError(
             f"none of {len(dataset)} rows has a context and fits into max_tokens={max_tokens}; give others, or raise it"
         )
     if len(rows) < len(dataset):
-        _log.info("%d of %d rows have no context or are too long; left out", len(dataset) - len(rows), len(dataset))
+        _logger.info("%d of %d rows have no context or are too long; left out", len(dataset) - len(rows), len(dataset))
     return rows
 
 

@@ -143,7 +143,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
                 return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
             segment_ids, comp_slot = segments_of(input_ids, self.comp_ids, attention_mask)
         if segment_ids is None or comp_slot is None:
-            raise ValueError("give segment_ids and comp_slot together, or neither")
+            raise ValueError("segment_ids and comp_slot go together; give both or neither")
         if kwargs.get("past_key_values") is not None:
             raise ValueError("past_key_values does not go with COMP tokens; CCMCache.append() compresses a context")
         if labels is not None and bool(torch.isin(labels, torch.tensor(self.comp_ids, device=labels.device)).any()):
@@ -278,7 +278,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
                 f"{_shape(mine.get(name))} here; load it with the model that it was trained on"
             )
         if not all(bool(w.isfinite().all()) for w in weights.values()):
-            raise ValueError(f"{path} has weights that are not finite; the training had failed")
+            raise ValueError(f"{path} holds non-finite values: the training had failed; train it again")
         set_peft_model_state_dict(self, weights, ADAPTER)
 
 
@@ -320,24 +320,32 @@ def _card(model: CCMModel) -> str:
     kept = "the average of what its contexts became" if options.mode == "merge" else "what each context became"
     made = ", ".join(f"{name}={value!r}" for name, value in asdict(options).items())
     name = base or type(model.language_model).__name__
-    body = f"""An adapter for {name} that compresses contexts with CCM, by dataopt: after each context
-{options.comp_tokens} COMP tokens hold what it said, and the memory keeps {kept}. On text without COMP tokens the model
-answers as it does without the adapter.
+    body = f"""An adapter for {name} that compresses contexts, made by [CCM](https://arxiv.org/abs/2312.03414) (Kim et
+al., ICLR 2024) with [dataopt](https://pypi.org/project/dataopt/): after each context {options.comp_tokens} COMP tokens
+hold what it said, and the memory keeps {kept}. On text without COMP tokens the model answers as it does without the
+adapter.
+
+## Use
 
 ```python
-from dataopt.integrations.hf import CCMCache, CCMModel
+from dataopt.integrations.hf import CCMCache, CCMModel  # pip install "dataopt[hf]"
+
 model = CCMModel.from_pretrained(base, "path/to/this/folder/or/repository")
 memory = CCMCache(model, tokenizer)
 memory.append("a new context")
 out = model.generate(**memory.inputs("a question"), past_key_values=memory, max_new_tokens=100)
+print(tokenizer.decode(out[0], skip_special_tokens=True))
 ```
 
-| | |
+Stock PEFT loads the adapter and does one online step with it, `[context, COMP..]`; the memory needs dataopt.
+
+## What made it
+
+| setting | value |
 |---|---|
+| model | {name}, {model.language_model.dtype} |
 | options | {made} |
 | versions | torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__} |
-
-Stock PEFT loads the adapter and does one online step with it, `[context, COMP..]`; the memory needs dataopt.
 """
     return hub.card("A compressed context memory", body, ["ccm", "lora", "kv-cache"], base)
 

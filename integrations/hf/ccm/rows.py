@@ -8,6 +8,7 @@ from operator import index
 from typing import Any
 
 import torch
+from dataopt.core.arguments import check_choice
 from torch import Tensor
 
 Row = dict[str, list[int]]
@@ -119,8 +120,7 @@ class CCMCollator:
     full_context: bool = False
 
     def __post_init__(self) -> None:
-        if self.padding_side not in ("right", "left"):
-            raise ValueError(f"padding_side={self.padding_side!r} must be 'right' or 'left'")
+        check_choice(("right", "left"), padding_side=self.padding_side)
         if not isinstance(self.pad_token_id, int):
             raise TypeError(f"pad_token_id={self.pad_token_id!r} must be a token id; eos_token_id does, too")
         if self.pad_to_multiple_of is not None:

@@ -93,7 +93,9 @@ def load(
     try:
         split_template(tokenizer, **context.template_kwargs)
     except Exception as e:  # templates raise errors of their own kinds
-        raise ValueError(f"{path}: template_kwargs does not suit the chat template ({e}); save the cache again") from e
+        raise ValueError(
+            f"{path}: template_kwargs does not suit the chat template ({e}); save or download it again"
+        ) from e
     return context
 
 
@@ -116,10 +118,10 @@ def load_head_scores(
     fingerprint.compare(record.get("fingerprint"), fingerprint.of_model(model), str(path))
     rows = record.get("scores")
     if not _is_table(rows):
-        raise ValueError(f"{path}: scores must be a table of numbers, a row for each layer; save the scores again")
+        raise ValueError(f"{path}: scores must be a table of numbers, a row for each layer; save or download it again")
     scores = torch.tensor(rows)
     if not scores.isfinite().all():
-        raise ValueError(f"{path}: scores has values that are not finite; save the scores again")
+        raise ValueError(f"{path}: scores holds non-finite values; save or download it again")
     return scores
 
 
@@ -238,7 +240,7 @@ class _Checked:
             raise ValueError(f"{self.file} is no file of tensors ({e}); save or download it again") from e
 
     def bad(self, what: str) -> ValueError:
-        return ValueError(f"{self.path}: {what}; save the cache again")
+        return ValueError(f"{self.path}: {what}; save or download it again")
 
     def value(self, entry: Any, key: str, *types: type) -> Any:
         value = entry.get(key) if isinstance(entry, dict) else None
@@ -256,19 +258,19 @@ class _Checked:
         """Take a tensor out; None stands for any size."""
         t = self.tensors.pop(name, None)
         if t is None:
-            raise ValueError(f"{self.file} has no tensor {name}; save the cache again")
+            raise ValueError(f"{self.file} has no tensor {name}; save or download it again")
         fits = len(shape) == t.ndim and all(n in (None, m) for n, m in zip(shape, t.shape, strict=True))
         if t.dtype != dtype or not fits:
             raise ValueError(
                 f"{self.file}: {name} is {t.dtype} {tuple(t.shape)} and must be {dtype} "
-                f"{tuple('any' if n is None else n for n in shape)}; save the cache again"
+                f"{tuple('any' if n is None else n for n in shape)}; save or download it again"
             )
         return t
 
     def finite(self, name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
         t = self.tensor(name, dtype, *shape)
         if t.numel() and not torch.stack(t.aminmax()).isfinite().all():
-            raise ValueError(f"{self.file}: {name} has values that are not finite; compress the context again")
+            raise ValueError(f"{self.file}: {name} holds non-finite values; compress the context again")
         return t
 
     def pairs(self, name: str, dtype: torch.dtype, bits: int | None, count: int, size: int) -> Tensor | Quantised:
@@ -278,7 +280,9 @@ class _Checked:
         scale = self.finite(f"{name}.scale", torch.float16, count, None)
         minimum = self.finite(f"{name}.minimum", torch.float16, count, scale.shape[1])
         if scale.shape[1] < 1 or size % scale.shape[1]:
-            raise ValueError(f"{self.file}: {name} has {scale.shape[1]} groups of {size} columns; save the cache again")
+            raise ValueError(
+                f"{self.file}: {name} has {scale.shape[1]} groups of {size} columns; save or download it again"
+            )
         return Quantised(codes, scale, minimum, bits)
 
 
@@ -294,7 +298,7 @@ def _context(record: dict[str, Any], folder: Path, model: PreTrainedModel) -> Co
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     if not ((ids >= 0) & (ids < len(embedding))).all():
-        raise ValueError(f"{file.file}: token_ids are outside the vocabulary of the model; save the cache again")
+        raise ValueError(f"{file.file}: token_ids are outside the vocabulary of the model; save or download it again")
     entries = file.value(record, "layers", list)
     kinds = [
         "sliding" if isinstance(p, DynamicSlidingWindowLayer) else "full"
@@ -316,9 +320,11 @@ def _context(record: dict[str, Any], folder: Path, model: PreTrainedModel) -> Co
         heads = [len(p.lengths) for p in layers if isinstance(p, PackedHeads)]
         head_scores = file.finite("head_scores", torch.float32, len(heads), heads[0])
     elif options.level == "head" and options.ratio < 1:
-        raise ValueError(f"{file.file} has no tensor head_scores; save the cache again")
+        raise ValueError(f"{file.file} has no tensor head_scores; save or download it again")
     if file.tensors:
-        raise ValueError(f"{file.file} has tensors too many, such as {min(file.tensors)!r:.80}; save the cache again")
+        raise ValueError(
+            f"{file.file} has tensors too many, such as {min(file.tensors)!r:.80}; save or download it again"
+        )
     text = file.value(record, "text", str)
     template_kwargs = file.value(record, "template_kwargs", dict)
     return Context(layers, tuple(ids.tolist()), prefix, text, options, template_kwargs, head_scores)
@@ -368,7 +374,7 @@ def _layer(
     if file.value(entry, "scores", bool):
         scores = file.tensor(f"{i}.scores", torch.float32, count)
         if scores.isnan().any():
-            raise ValueError(f"{file.file}: {i}.scores has values that are no numbers; compress the context again")
+            raise ValueError(f"{file.file}: {i}.scores holds NaN; compress the context again")
     return PackedHeads(keys, values, tuple(lengths), prefix, scores).to(device)
 
 
@@ -379,7 +385,9 @@ def _file_name(record: dict[str, Any], path: Path) -> str:
     entry = record.get("tensors")
     name = entry.get("file") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not re.fullmatch(r"kvzip-[0-9a-f]+\.safetensors", name, re.ASCII):
-        raise ValueError(f"{path} names {name!r:.80} as its file of tensors, which no save does; save the cache again")
+        raise ValueError(
+            f"{path} names {name!r:.80} as its file of tensors, which no save does; save or download it again"
+        )
     return name
 
 
@@ -392,15 +400,21 @@ def _card(context: Context, model: PreTrainedModel, size: int, repo_id: str | No
     full = sum(len(p.lengths) for p in context.packed) * len(context.ids)
     kind = type(model).__name__
     made = ", ".join(f"{name}={value!r}" for name, value in asdict(options).items() if name != "instruction")
-    body = f"""A text of {len(context.ids):,} tokens, read once by {base or kind} and compressed with KVzip by dataopt.
+    body = f"""A text of {len(context.ids):,} tokens, read once by {base or kind} and compressed by
+[KVzip](https://arxiv.org/abs/2505.23416) (Kim et al., NeurIPS 2025) with [dataopt](https://pypi.org/project/dataopt/).
 That model answers questions about the text from these files.
 
+## Use
+
 ```python
-from dataopt.integrations.hf import KVzipCache
+from dataopt.integrations.hf import KVzipCache  # pip install "dataopt[hf]"
+
 cache = KVzipCache.from_pretrained({repo_id or "path/to/this/folder"!r}, model, tokenizer)
 out = model.generate(**cache.inputs("a question"), past_key_values=cache, max_new_tokens=100)
 print(tokenizer.decode(out[0], skip_special_tokens=True))
 ```
+
+## Before you share it
 
 - **The files contain the document**: its text and tokens are in `{RECORD}` and in the tensors. Whoever can read them
   can read it. Only `{HEADS}` holds nothing of it.
@@ -408,12 +422,14 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))
   whole cache: in table 8.1 of the thesis behind this method LLaMA3.1-8B withheld a phone number that stood in its
   context, and gave it away once the cache was cut to 40 %. Test this before you serve the cache to others.
 
-| | |
+## What made it
+
+| setting | value |
 |---|---|
 | model | {base or kind}, {model.get_input_embeddings().weight.dtype} |
 | pairs kept | {pairs:,} of {full:,} |
 | file of tensors | {size:,} bytes |
-| made with | {made} |
+| options | {made} |
 | versions | torch {torch.__version__}, transformers {transformers.__version__}, format {VERSION} |
 
 Another model, dtype, tokenizer or chat template is refused when the files are loaded.

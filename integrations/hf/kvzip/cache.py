@@ -323,7 +323,9 @@ class KVzipCache(ReusableCache):
                 f"keep() needs one row and found {len(layer.keys)}: beams, samples or several questions; use fork()"
             )
         if self._chat.between is None:
-            raise ValueError("tokenizer.chat_template does not render a second user turn, so nothing can be kept")
+            raise ValueError(
+                "tokenizer.chat_template does not render a second user turn, so nothing can be kept; set another one"
+            )
         new, fed, pending = None, layer.tail - self._kept, []
         if output_ids is not None:
             new = torch.as_tensor(output_ids).flatten().tolist()
@@ -371,7 +373,7 @@ class KVzipCache(ReusableCache):
             raise ValueError("caches is empty; give at least one")
         first = caches[0]
         if any(c.model is not first.model for c in caches):
-            raise ValueError("caches of different models cannot be stacked")
+            raise ValueError("caches of different models cannot be stacked; give those of one")
         if any(c._kept for c in caches):
             raise ValueError("a kept conversation cannot be stacked; call reset() on the cache first")
         return cls._of(first.model, first.tokenizer, [s for c in caches for s in c._states])

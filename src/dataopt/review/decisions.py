@@ -84,7 +84,7 @@ class Decisions:
         """
         if action not in ACTIONS or (label is not None) != (action == "relabel") or label == given:
             raise ValueError(
-                f"action={action!r} with label={label!r}: use keep or drop alone, or relabel with another label"
+                f"action={action!r} with label={label!r}; give keep or drop alone, or relabel with another label"
             )
         decision = Decision(row, action, label, given, datetime.now(UTC).isoformat(timespec="milliseconds"))
         with self._errors(), self._transaction():

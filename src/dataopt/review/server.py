@@ -150,7 +150,7 @@ class Page:
         row = request.path_params["row"]
         content = self.folder.items.media(row)
         if content is None:
-            raise HTTPException(404, f"row {row} has no picture or sound that is shown")
+            raise HTTPException(404, f"row {row} has no image or sound that is shown")
         return Response(content, media_type=self.folder.items.media_type(row))
 
     async def decide(self, request: Request) -> Response:

@@ -87,7 +87,7 @@ def swap_the_pixels(folder) -> None:
 
 
 BROKEN = {
-    "cut short": (cut, r"has \d+ bytes where condensed.json says \d+; download it again"),
+    "cut short": (cut, r"has \d+ bytes where condensed.json says \d+; save or download it again"),
     "a bit flipped": (flip_a_bit, r"has the checksum [0-9a-f]{16} where condensed.json says '[0-9a-f]{16}"),
     "factor": (lambda f: change(f, lambda c: c["record"].update(factor=1)), r"says factor=1 where .* saved with 2"),
     "mean": (lambda f: change(f, lambda c: c["record"].pop("mean")), r"says mean=None where .* \[0.1, 0.2, 0.3\]"),
@@ -125,7 +125,7 @@ def test_a_folder_of_something_else(tmp_path):
         ({"labels": torch.tensor([0, 0, 1])}, r"labels is torch.int64 of shape \(3,\); give \(4,\) int64"),
         ({"labels": torch.tensor([0, 0, 1, -1])}, "int64 class ids from 0"),
         ({"factor": 9}, "factor=9 is larger than the 8 x 8 images"),
-        ({"mode": "bound"}, "mode='bound' must be 'single' or 'multi'"),
+        ({"mode": "bound"}, "mode='bound' must be one of 'single', 'multi'"),
         ({"std": (1.0, 1.0, 0.0)}, "std above 0"),
         ({"mean": (0.0,)}, r"one number a channel \(3\)"),
         ({"label_names": ("cat",)}, "label_names has 1 names for labels up to 1"),

@@ -97,7 +97,7 @@ def test_herding_keeps_the_mean():
         ({"seeds": ()}, "seeds is empty"),
         ({"steps": 0}, "steps=0 and epochs=None must be at least 1"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
-        ({"baselines": ("best",)}, "baselines has 'best'; choose from random, herding, init"),
+        ({"baselines": ("best",)}, "baselines='best' must be one of 'random', 'herding', 'init'"),
         ({"model_fn": {}}, "model_fn names no network"),
         ({"train": (TRAIN[0].flip(2), TRAIN[1])}, "train has the checksum .* the condensed set was made from"),
         ({"train": made(classes=2)}, r"train has 2 classes of \(3, 8, 8\), the condensed set 3 of"),

@@ -118,10 +118,10 @@ def test_gradients_pass(mode):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MultiFormation(0), "factor=0 must be a whole number from 1"),
+        (lambda: MultiFormation(0), "factor=0 must be a whole number of at least 1"),
         (lambda: MultiFormation(1.5), "factor=1.5 must be a whole number"),
-        (lambda: MultiFormation(2, axes="frequency"), "axes='frequency' must be one of space, time"),
-        (lambda: MultiFormation(2, mode="all"), "mode='all' must be one of single"),
+        (lambda: MultiFormation(2, axes="frequency"), "axes='frequency' must be one of 'space', 'time'"),
+        (lambda: MultiFormation(2, mode="all"), "mode='all' must be one of 'single'"),
         (lambda: MultiFormation(2, mode="bound", bound=0), "bound=0 must be at least 1"),
         (lambda: MultiFormation(9)(torch.rand(1, 1, 8, 8)), "factor=9 is larger than the 8 x 8 images"),
         (lambda: MultiFormation(9, "time")(torch.rand(1, 1, 16, 8)), "factor=9 is larger than the 16 x 8 images"),

@@ -131,7 +131,7 @@ def test_distances_by_their_definitions():
         by_channel = [1 - float(F.cosine_similarity(a[c, o].flatten(), b[c, o].flatten(), dim=0)) for o in range(3)]
         assert float(distance([a], [b], "cosine")[c]) == pytest.approx(sum(by_channel))
     assert float(distance([a, a], [b, b], "l1")[0]) == pytest.approx(2 * float(distance([a], [b], "l1")[0]))
-    with pytest.raises(ValueError, match="metric='l2' must be one of mse, l1, cosine"):
+    with pytest.raises(ValueError, match="metric='l2' must be one of 'mse', 'l1', 'cosine'"):
         distance([a], [b], "l2")
 
 

@@ -121,7 +121,7 @@ def test_a_step_goes_on_from_its_checkpoint(arriving, tmp_path):
 
 
 def test_what_cannot_be_added_leaves_the_memory_as_it_was(arriving):
-    with pytest.raises(ValueError, match="method='best' must be one of condensed, init, herding, random"):
+    with pytest.raises(ValueError, match="method='best' must be one of 'condensed', 'init', 'herding', 'random'"):
         ExemplarMemory(recipe(), "best")
     memory = ExemplarMemory(recipe(), "init")
     with pytest.raises(ValueError, match="the memory is empty; add the images"):

@@ -73,6 +73,6 @@ def test_bad_batches(trained):
 def test_missing_extra_is_named(module, call, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)  # what Python itself does with a module that cannot be had
     x, y, _ = quadrants(4, 0)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dataopt\[eval\]'") as caught:
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "dataopt\[eval\]"') as caught:
         call(x, y)
     assert "\n" not in str(caught.value) and module.partition(".")[0] in str(caught.value)

@@ -113,5 +113,5 @@ def test_ratios_outside_are_refused(ratio):
 
 
 def test_an_unknown_budget_is_refused():
-    with pytest.raises(ValueError, match="budget='heads' must be one of global, layer, uniform"):
+    with pytest.raises(ValueError, match="budget='heads' must be one of 'global', 'layer', 'uniform'"):
         pair_selection([torch.zeros(3)], [[3]], 3, 0.5, "heads")

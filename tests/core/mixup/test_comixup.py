@@ -199,7 +199,7 @@ def test_apply_on_other_things():
     with pytest.raises(ValueError, match=r"sides \(30, 30\), which the grid 4x4 does not divide"):
         m.apply(torch.rand(6, 30, 30))
     for wrong in (torch.rand(5, 32, 32), torch.rand(6, 32)):
-        with pytest.raises(ValueError, match=r"t has shape .*give \(6, \.\.\., H, W\)"):
+        with pytest.raises(ValueError, match=r"t has the shape .*give \(6, \.\.\., H, W\)"):
             m.apply(wrong)
 
 
@@ -272,7 +272,7 @@ def test_salient_places_by_loops():
         ({"n_iter": 0}, "n_iter=0 must be a whole number"),
         ({"restarts": 1.5}, r"restarts=1\.5 must be a whole number"),
         ({"partition": 4.0}, r"partition=4\.0 must be a whole number"),
-        ({"threshold": "firm"}, "threshold='firm' is unknown; choose one of hard, soft"),
+        ({"threshold": "firm"}, "threshold='firm' must be one of 'hard', 'soft'"),
     ],
 )
 def test_constructor_refuses(arguments, message):
@@ -287,13 +287,13 @@ def test_constructor_refuses(arguments, message):
         ({"y": torch.tensor([0, 1, 2, 4])}, "class ids from 0 to 4; num_classes=4 allows 0 to 3"),
         ({"y": torch.arange(3)}, r"y is torch\.int64 of shape \(3,\); give \(4,\) integer"),
         ({"y": torch.full((4, 4), float("nan"))}, "negative or non-finite label weights"),
-        ({"s": torch.rand(4, 6, 6)}, r"s has shape \(4, 6, 6\); give the saliency as \(4, 12, 12\)"),
+        ({"s": torch.rand(4, 6, 6)}, r"s has the shape \(4, 6, 6\); give the saliency as \(4, 12, 12\)"),
         ({"s": -torch.ones(4, 12, 12)}, "negative or non-finite values"),
         ({"s": torch.zeros(4, 12, 12)}, "s is zero everywhere in some samples"),
         ({"grid": 5}, "grid=5 does not divide inputs of size 12x12; grids that fit: 2, 3, 4, 6, 12"),
         ({"omega": 0.9}, r"omega=0\.9 makes A indefinite .* give at most 0\.\d+, or 2 / \(partition \+ 2\)"),
-        ({"lam": 0.3}, r"lam has shape \(\); give \(4,\) finite shares"),
-        ({"lam": torch.ones(5)}, r"lam has shape \(5,\); give \(4,\)"),
+        ({"lam": 0.3}, r"lam has the shape \(\); give \(4,\) finite shares"),
+        ({"lam": torch.ones(5)}, r"lam has the shape \(5,\); give \(4,\)"),
         ({"lam": -torch.ones(4)}, "give .* finite shares of at least 0"),
         ({"lam": torch.tensor([1.0, 1, 0, 0]), "partition": 2}, "lam is 0 for all inputs of a partition"),
     ],

@@ -233,7 +233,7 @@ def test_negative_weights_are_refused(name):
 
 
 def test_unknown_solver():
-    with pytest.raises(ValueError, match=r"solver='swap' is unknown; choose one of auto, numba"):
+    with pytest.raises(ValueError, match=r"solver='swap' must be one of 'auto', 'numba'"):
         solve_mask(random_costs(np.random.default_rng(0), 1, 2, 2, 3, convex=True), "swap")
 
 

@@ -243,7 +243,7 @@ def test_apply_on_other_things():
     assert torch.equal(hidden.isnan(), shows_nan)
     with pytest.raises(ValueError, match=r"sides \(30, 30\), which the mix's 4x4 regions do not divide"):
         m.apply(torch.rand(4, 30, 30))
-    with pytest.raises(ValueError, match=r"t has shape \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"t has the shape \(3, 32, 32\)"):
         m.apply(torch.rand(3, 32, 32))
 
 
@@ -312,12 +312,12 @@ GOOD = {"num_classes": 4}
         ({"beta": -1.0}, r"beta=-1\.0 must be finite and not negative"),
         ({"labels": 1}, "labels=1 must be at least 2"),
         ({"grids": ()}, "grids is empty"),
-        ({"solver": "swap"}, "solver='swap' is unknown"),
-        ({"transport": "none"}, "transport='none' is unknown; choose 'iterative', 'exact' or None"),
-        ({"data_term": "paper"}, "data_term='paper' is unknown; choose one of released, thesis"),
+        ({"solver": "swap"}, "solver='swap' must be one of 'auto'"),
+        ({"transport": "none"}, "transport='none' must be one of 'iterative', 'exact', None"),
+        ({"data_term": "paper"}, "data_term='paper' must be one of 'released', 'thesis'"),
         ({"mean": [0.5]}, r"mean=\[0\.5\] and std=None go together"),
         ({"num_classes": 0}, "num_classes=0 must be at least 1"),
-        ({"alpha": -1}, "alpha=-1 must not be negative"),
+        ({"alpha": -1}, "alpha=-1 must be finite and not negative"),
         ({"transport_patch": 0}, "transport_patch=0 must be at least 1 pixel"),
     ],
 )
@@ -336,7 +336,7 @@ def test_constructor_refuses(arguments, message):
         ({"y": torch.arange(3)}, r"y is torch\.int64 of shape \(3,\); give \(4,\) integer"),
         ({"y": torch.rand(4, 5)}, r"y is torch\.float32 of shape \(4, 5\)"),
         ({"y": torch.full((4, 4), float("nan"))}, "negative or non-finite label weights"),
-        ({"s": torch.rand(4, 6, 6)}, r"s has shape \(4, 6, 6\); give the saliency as \(4, 12, 12\)"),
+        ({"s": torch.rand(4, 6, 6)}, r"s has the shape \(4, 6, 6\); give the saliency as \(4, 12, 12\)"),
         ({"s": -torch.ones(4, 12, 12)}, "negative or non-finite values"),
         ({"grid": 8}, "grid=8 does not divide inputs of size 12x12; grids that fit: 2, 3, 4, 6, 12"),
         ({"grid": (5, 2)}, r"grid=\(5, 2\) does not divide"),

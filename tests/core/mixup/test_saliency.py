@@ -246,5 +246,5 @@ def test_bad_input():
         input_gradient(net, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), y)
     with pytest.raises(ValueError, match=r"resolution=1\.5 must lie in \(0, 1\]"):
         input_gradient(net, torch.zeros(2, 3, 4, 4), y, resolution=1.5)
-    with pytest.raises(ValueError, match=r"gradient has shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"gradient has the shape \(2, 3\)"):
         saliency(torch.zeros(2, 3))

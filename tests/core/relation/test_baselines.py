@@ -359,7 +359,7 @@ def test_labels_are_checked(data, name):
     with pytest.raises(ValueError, match=rf"{argument} has the shape \(3,\)"):
         call(name, data | {argument: data[argument][:3]})
     if "probs" in CALLS[name]:
-        with pytest.raises(ValueError, match="labels is 4 in row 0, outside the 4 classes"):
+        with pytest.raises(ValueError, match="labels is 4 in row 0; give class ids of probs, 0 to 3"):
             call(name, data | {argument: np.append(4, data[argument][1:])})
 
 

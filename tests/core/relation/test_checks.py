@@ -20,15 +20,15 @@ def put(x: torch.Tensor, at, value) -> torch.Tensor:
 
 
 BAD = {
-    "NaN feature": ((put(F, (7, 2), torch.nan), P, Y), ValueError, "features holds NaN or infinity, first in row 7"),
-    "infinite feature": ((put(F, (0, 0), -torch.inf), P, Y), ValueError, "features holds NaN or infinity.*row 0"),
-    "NaN probability": ((F, put(P, (9, 0), torch.nan), Y), ValueError, "probs holds NaN or infinity, first in row 9"),
+    "NaN feature": ((put(F, (7, 2), torch.nan), P, Y), ValueError, "features holds non-finite values, first in row 7"),
+    "infinite feature": ((put(F, (0, 0), -torch.inf), P, Y), ValueError, "features holds non-finite values.*row 0"),
+    "NaN probability": ((F, put(P, (9, 0), torch.nan), Y), ValueError, "probs holds non-finite values, first in row 9"),
     "logits": ((F, P * 5, Y), ValueError, r"probs is no distribution in row 0 .*sum 5.*softmax outputs, not logits"),
     "negative": ((F, put(P, 3, torch.tensor([-0.5, 1.5, 0, 0, 0])), Y), ValueError, "row 3 .smallest value -0.5"),
     "no sum": ((F, put(P, 59, 0.0), Y), ValueError, "probs is no distribution in row 59 .*sum 0"),
     "one column": ((F, torch.ones(60, 1), torch.zeros(60).long()), ValueError, "probs has one class"),
-    "label too large": ((F, P, put(Y, 5, 5)), ValueError, "labels is 5 in row 5, outside the 5 classes"),
-    "label -1": ((F, P, put(Y, 8, -1)), ValueError, "labels is -1 in row 8, outside"),
+    "label too large": ((F, P, put(Y, 5, 5)), ValueError, "labels is 5 in row 5; give class ids of probs, 0 to 4"),
+    "label -1": ((F, P, put(Y, 8, -1)), ValueError, "labels is -1 in row 8; give class ids"),
     "one class": ((F, P, torch.full((60,), 2)), ValueError, "labels is 2 in every row; .*two classes"),
     "few rows": ((F[:4], P[:4], torch.arange(4)), ValueError, "labels has 4 rows for 5 classes"),
     "short probs": ((F, P[:59], Y), ValueError, "probs has 59 rows where 60 were expected"),
@@ -68,7 +68,7 @@ def test_bad_data_is_refused_without_labels_too(what):
 
 
 def test_nothing_is_written_for_bad_data(tmp_path):
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="non-finite"):
         find_issues(*BAD["NaN feature"][0], resume=tmp_path / "sums")
     assert not list(tmp_path.iterdir())
 
@@ -76,7 +76,7 @@ def test_nothing_is_written_for_bad_data(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kernel": "linear"}, "kernel='linear' is unknown; choose one of cosine, rbf"),
+        ({"kernel": "linear"}, "kernel='linear' must be one of 'cosine', 'rbf'"),
         ({"temperature": 0}, "temperature=0 must be a positive number"),
         ({"temperature": -1.0}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),

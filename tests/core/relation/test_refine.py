@@ -92,7 +92,7 @@ def test_rounds_that_turn_in_a_circle_end(digits):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"action": "keep"}, ValueError, "action='keep' is unknown"),
+        ({"action": "keep"}, ValueError, "action='keep' must be one of 'drop', 'relabel'"),
         ({"max_rounds": 0}, ValueError, "max_rounds=0 must be at least 1"),
         ({"resume": "x"}, ValueError, "resume= keeps the sums of one model"),
         ({"labels": []}, ValueError, "labels is empty"),

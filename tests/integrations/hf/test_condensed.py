@@ -82,6 +82,8 @@ def test_the_card(tmp_path):
     assert about["license"] == "cc-by-4.0" and about["source_datasets"] == ["uoft-cs/cifar10"]
     assert [entry["config_name"] for entry in about["configs"]] == ["default", "exact"]
     assert about["configs"][0]["default"] is True
+    sections = re.findall("^## (.*)", body, re.MULTILINE)
+    assert sections == ["Use", "Configs", "Scores", "What made it", "Source"]
     first = body.strip().splitlines()[0]
     assert "Plain `load_dataset` shows the 8 stored images" in first and "load_condensed('set')" in first
     assert "32 images to train on" in first
@@ -119,7 +121,7 @@ def test_channels_that_png_cannot_hold(tmp_path):
     assert plain.features["image"] == Array3D((2, 16, 16), "float32") and len(plain) == 8
     decoded = plain.map(decode_condensed, batched=True, fn_kwargs={"factor": 2}).with_format("numpy")
     assert np.array_equal(np.stack(decoded["image"]), c.decode()[0].numpy())
-    with pytest.raises(ValueError, match=r"config='default' is not among those of .*: exact"):
+    with pytest.raises(ValueError, match=r"config='default' is not among those of .*; choose one of exact"):
         load_condensed(tmp_path / "d", config="default")
     c.save(tmp_path / "saved")
     with pytest.raises(ValueError, match="config='default' is of PNG images, which have no 2 channels"):
@@ -141,7 +143,7 @@ def test_bad_arguments_write_nothing(tmp_path, settings, message):
     with pytest.raises(ValueError, match="label_names has 'b' twice"):
         save_condensed(twice, tmp_path / "d")
     for value in (float("nan"), object()):
-        with pytest.raises(ValueError, match="made holds what JSON cannot: "):
+        with pytest.raises(ValueError, match=r"made holds what JSON cannot \("):
             save_condensed(dataclasses.replace(condensed(), made={"loss": value}), tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
@@ -215,7 +217,7 @@ def test_damaged_and_tampered_files_are_refused_by_what_differs(tmp_path):
     folder, data, record = fresh()
     content = data.read_bytes()
     data.write_bytes(content[:-100])
-    refused(rf"{data.name} has {len(content) - 100} bytes where condensed\.json says {len(content)}; download it again")
+    refused(rf"{data.name} has {len(content) - 100} bytes where condensed\.json says {len(content)}; save or download")
     assert same(read_condensed(folder, config="exact"), condensed())  # the other config is whole
     data.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
     digest = record["files"]["default"]["sha256"][:16]
@@ -238,7 +240,7 @@ def test_damaged_and_tampered_files_are_refused_by_what_differs(tmp_path):
     for changes, message in (
         ({"factor": 17}, "factor=17 is larger than the 16 x 16 images"),
         ({"factor": "2"}, "factor='2' must be a whole number"),
-        ({"mode": "bound"}, "mode='bound' must be 'single' or 'multi'"),
+        ({"mode": "bound"}, "mode='bound' must be one of 'single', 'multi'"),
         ({"label_names": ["a", "b", "c", "d"]}, "not of .*'a', 'b', 'c', 'd'"),
         ({"images": 9}, "has 8 rows of"),
         ({"shape": [3, 16, 15]}, r"has images of \(3, 16, 16\), not \(3, 16, 15\)"),
@@ -275,7 +277,7 @@ def test_folders_that_are_no_condensed_data_set(tmp_path):
         load_condensed(tmp_path)
     with pytest.raises(ValueError, match="is no folder; give one that was saved to, or a Hub repository id"):
         load_condensed(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="config='png' must be 'default' or 'exact'"):
+    with pytest.raises(ValueError, match="config='png' must be one of None, 'default', 'exact'"):
         load_condensed(tmp_path, config="png")
 
 

@@ -82,6 +82,6 @@ def test_without_cleanlab_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab", None)
     monkeypatch.delitem(sys.modules, "dataopt.integrations.hf.datalab")
     with pytest.raises(
-        ModuleNotFoundError, match=r"register_relation_issue needs cleanlab.*pip install 'dataopt\[clean\]'"
+        ModuleNotFoundError, match=r'register_relation_issue needs cleanlab.*pip install "dataopt\[clean\]"'
     ):
         hf.__getattr__("register_relation_issue")

@@ -286,7 +286,7 @@ def test_errors_name_what_is_wrong(tmp_path):
         run(label_column="y")
     with pytest.raises(ValueError, match="input_column='x' is not among the columns"):
         run(input_column="x")
-    with pytest.raises(ValueError, match="probs='mine' is unknown"):
+    with pytest.raises(ValueError, match="probs='mine' must be one of 'model', 'out-of-fold'"):
         run(probs="mine")
     with pytest.raises(ValueError, match="batch_size=0"):
         run(batch_size=0)
@@ -316,7 +316,7 @@ def test_errors_name_what_is_wrong(tmp_path):
         run(uneven, processor=None, transform=lambda text: torch.zeros(len(text), dtype=torch.int64))
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the model's probs hold NaN or infinity in row"):
+    with pytest.raises(ValueError, match="the model's probs hold non-finite values in row"):
         run(out_dir=tmp_path)
     assert not list(tmp_path.iterdir())
     for value, message in [

@@ -316,7 +316,7 @@ def test_refusals_at_the_begin_of_training(tmp_path):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ({"action": "delete"}, r"action='delete' must be None, 'drop', 'relabel', 'reweight'"),
+        ({"action": "delete"}, r"action='delete' must be one of None, 'drop', 'relabel', 'reweight'"),
         ({"epochs": 0}, r"epochs=0 must be a positive number, a list of them, or 'last'"),
         ({"epochs": []}, r"epochs=\[\] must be"),
         ({"epochs": "last", "action": "drop"}, r"comes after the training"),

@@ -401,7 +401,7 @@ def test_text_models_that_need_the_tokens_are_refused_at_the_first_batch(tmp_pat
         (bert, {"grids": [(2, 2)]}, {}, "whole numbers for text"),
         (bert, {"augment": "augmix"}, {}, "augment='augmix' is for images, and the model reads input_ids"),
         (tiny_vit, {"augment": "augmix", "input_key": "input_values"}, {}, "and the model reads input_values"),
-        (tiny_vit, {"augment": "blur"}, {}, "augment='blur' is unknown"),
+        (tiny_vit, {"augment": "blur"}, {}, "augment='blur' must be one of 'augmix', None"),
     ],
 )
 def test_refusals_when_the_trainer_is_made(tmp_path, model, settings, more, message):
@@ -416,7 +416,7 @@ def test_refusals_of_text_in_comixup_missing_inputs_and_other_methods(tmp_path):
         train(tmp_path, tiny_vit(), Images(), mixup={"input_key": "input_values"})
     with pytest.raises(ValueError, match="no 'labels'"):
         train(tmp_path, tiny_vit(), [{"pixel_values": torch.rand(3, 16, 16)}] * 8)
-    with pytest.raises(ValueError, match="method='mixup' is unknown"):
+    with pytest.raises(ValueError, match="method='mixup' must be one of 'puzzle', 'comixup'"):
         mixup_trainer("mixup")
 
 

@@ -238,7 +238,7 @@ def test_scores_of_another_data_set_are_refused_by_row(small, tmp_path):
             clean_dataset(dataset, scores, "relabel")
     with pytest.raises(TypeError, match="scores is a dict; give an Issues"):
         clean_dataset(dataset, {})
-    with pytest.raises(ValueError, match="action='keep' is unknown"):
+    with pytest.raises(ValueError, match="action='keep' must be one of 'drop', 'relabel'"):
         clean_dataset(dataset, table, "keep")
     for issues in ((), ("label", "typo")):
         with pytest.raises(ValueError, match="must name one or more of label, outlier, near_duplicate"):

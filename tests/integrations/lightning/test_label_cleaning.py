@@ -270,7 +270,7 @@ def test_refusals(tmp_path, digits):
         fit(tmp_path, CleanableDataset(data), LabelCleaningCallback(out, action="drop"), epochs=-1)
     soft = TensorDataset(data.tensors[0], torch.nn.functional.one_hot(data.tensors[1], 10).float())
     with pytest.raises(
-        TypeError, match=r"labels of a batch are torch\.float32 of shape \(32, 10\); class ids of shape"
+        TypeError, match=r"labels of a batch are torch\.float32 of shape \(32, 10\); give class ids of shape"
     ):
         fit(tmp_path, soft, LabelCleaningCallback(out), epochs=1)
     assert not out.exists()

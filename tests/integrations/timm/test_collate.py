@@ -249,7 +249,7 @@ def test_errors_name_what_is_wrong():
         collate([(x.long(), s, y) for x, s, y in samples])
     with pytest.raises(ValueError, match="leave mean and std out of PuzzleMix"):
         PuzzleCollate(PuzzleMix(K, mean=[0.5], std=[0.5]))(random_samples(dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"saliency= gave shape \(8, 3\) for 8 images"):
+    with pytest.raises(ValueError, match=r"saliency= gave the shape \(8, 3\) for 8 images"):
         PuzzleCollate(mix, lambda x: x.mean((2, 3)))([(x, y) for x, _, y in samples])
     with pytest.raises(ValueError, match="negative"):
         collate([(x, s - 10 * s.mean() * (s == s.max()), y) for x, s, y in samples])

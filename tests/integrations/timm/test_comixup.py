@@ -116,9 +116,9 @@ def test_another_number_of_outputs_and_a_batch_of_one(batch):  # noqa: F811
 
 
 def test_the_other_methods_mix_is_refused():
-    with pytest.raises(TypeError, match=r"mix is PuzzleMix; give dataopt\.core\.mixup\.CoMixup\("):
+    with pytest.raises(TypeError, match=r"mix is a PuzzleMix; give dataopt\.core\.mixup\.CoMixup\("):
         CoMixupTask(Net(), mix=PuzzleMix(K))
-    with pytest.raises(TypeError, match=r"mix is CoMixup; give dataopt\.core\.mixup\.PuzzleMix\("):
+    with pytest.raises(TypeError, match=r"mix is a CoMixup; give dataopt\.core\.mixup\.PuzzleMix\("):
         PuzzleMixTask(Net(), mix=CoMixup(K))
     with pytest.raises(ValueError, match="mode='elem' decides for each input, but Co-Mixup mixes them jointly"):
         make(mode="elem")
@@ -235,7 +235,7 @@ def test_a_resumed_run_is_the_straight_run(train, steps):
         (("--comixup-partition", 0), "partition=0 must be a whole number of at least 1"),
         (("--comixup-outputs", 0), "outputs=0 must be a whole number of at least 1"),
         (("--comixup-grid", 5), "grid=5 does not divide inputs of size 32x32; grids that fit: 2, 4"),
-        (("--comixup-clean-weight", -1), "clean_weight=-1.0 must not be negative"),
+        (("--comixup-clean-weight", -1), "clean_weight=-1.0 must be finite and not negative"),
         (("--comixup-saliency-resolution", 0), "saliency_resolution=0.0"),
     ],
 )

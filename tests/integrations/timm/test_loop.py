@@ -202,7 +202,7 @@ def test_a_config_file_gives_defaults(train, steps, tmp_path):
         (("--amp-dtype", "int8"), "--amp-dtype int8"),
         (("--batch-size", 64), "--batch-size 64 .* 16 training images"),
         (("--mixup-mode", "pair"), "--mixup-mode pair"),
-        (("--mixup", "cutout"), "unknown method 'cutout'; available: puzzle, comixup"),
+        (("--mixup", "cutout"), "method 'cutout' must be one of puzzle, comixup"),
         (("--device", "cuda:1"), "--device cuda:1"),
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--resume", "missing.pth.tar"), "--resume missing.pth.tar does not exist"),

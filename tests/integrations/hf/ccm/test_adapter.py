@@ -1,6 +1,7 @@
 """An ordinary PEFT adapter: conditional, small, saved and loaded, also by stock PEFT."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def test_saved_and_loaded_is_bit_identical(tied, comp_ids, tmp_path):
     made = batch([row(model, CONTEXTS, QUERY)])
     assert torch.equal(again(**made).logits, model(**made).logits)
     card = (tmp_path / "README.md").read_text()
+    assert re.findall("^## (.*)", card, re.MULTILINE) == ["Use", "What made it"]
     assert "mode='merge'" in card and "More Information" not in card and "library_name: dataopt" in card
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     rows = [t for n, t in tensors.items() if "lora_" not in n]
@@ -286,7 +288,7 @@ def test_damaged_files_are_refused(tmp_path):
     infinite = ccm()
     next(w for n, w in infinite.named_parameters() if "lora_" in n).data.fill_(torch.inf)
     infinite.save_pretrained(folder)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         CCMModel.from_pretrained(tiny(), folder)
     with pytest.raises(ValueError, match="does not fit the base model"):
         CCMModel.from_pretrained(tiny(num_hidden_layers=3), good)

@@ -99,6 +99,7 @@ def test_what_a_folder_holds(tokenizer, tmp_path):
     card = (tmp_path / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata == {"library_name": "dataopt", "tags": ["dataopt", "kvzip", "kv-cache"]}
+    assert re.findall("^## (.*)", card, re.MULTILINE) == ["Use", "Before you share it", "What made it"]
     assert "files contain the document" in card and "weaken refusals" in card and "KVzipCache.from_pretrained" in card
     for name in ("head_scores.json", "README.md"):
         assert "Ada" not in (tmp_path / name).read_text()
@@ -198,7 +199,7 @@ def test_hostile_head_scores(scores, tokenizer, tmp_path):
     record["scores"] = scores
     record["checksum"] = hub_files._checksum(record)
     file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"head_scores\.json: scores .*save the scores again"):
+    with pytest.raises(ValueError, match=r"head_scores\.json: scores .*save or download it again"):
         artifact.load_head_scores(tmp_path, model)
 
 
@@ -333,7 +334,7 @@ def put(*keys):
 
 
 RECORDS = {
-    "newer": (put("format_version", 2), "newer format 2, and this dataopt reads 1: update dataopt"),
+    "newer": (put("format_version", 2), "newer format 2, and this dataopt reads 1; update dataopt"),
     "older": (put("format_version", 0), "format_version 0"),
     "version": (put("format_version", "1"), "format_version '1'"),
     "true": (put("format_version", True), "format_version True"),
@@ -405,10 +406,10 @@ TENSORS = {
     "gone": (lambda t: t.pop("2.values"), r"no tensor 2\.values"),
     "more": (lambda t: t.update(x=torch.zeros(1)), "tensors too many, such as 'x'"),
     "none": (lambda t: t.clear(), "no tensor token_ids"),
-    "nan": (set_first("1.keys", torch.nan), r"1\.keys has values that are not finite"),
-    "inf": (set_first("3.values", -torch.inf), r"3\.values has values that are not finite"),
-    "nan score": (set_first("0.scores", torch.nan), r"0\.scores has values that are no numbers"),
-    "nan head score": (set_first("head_scores", torch.nan), "head_scores has values that are not finite"),
+    "nan": (set_first("1.keys", torch.nan), r"1\.keys holds non-finite values"),
+    "inf": (set_first("3.values", -torch.inf), r"3\.values holds non-finite values"),
+    "nan score": (set_first("0.scores", torch.nan), r"0\.scores holds NaN"),
+    "nan head score": (set_first("head_scores", torch.nan), "head_scores holds non-finite values"),
     "id": (set_first("token_ids", 5000), "token_ids are outside the vocabulary"),
     "negative id": (set_first("token_ids", -1), "token_ids are outside the vocabulary"),
     "half": (replaced("0.keys", torch.Tensor.half), r"0\.keys is torch\.float16"),

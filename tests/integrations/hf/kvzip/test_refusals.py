@@ -50,11 +50,17 @@ def small(kind: str, **options):
         ({"prefill_chunk": -1}, r"prefill_chunk=-1 must be a whole number of at least 1"),
         ({"recent": -1}, r"recent=-1 must be a whole number of at least 0"),
         ({"max_tokens": 0}, r"max_tokens=0 must be a whole number of at least 1"),
-        ({"level": "head", "budget": "layer"}, r"level='head' compares all heads: leave budget='global'"),
-        ({"level": "head", "max_tokens": 5}, r"level='head' compares all heads: .*max_tokens=None"),
+        ({"level": "head", "budget": "layer"}, r"level='head' compares all heads; leave budget='global'"),
+        ({"level": "head", "max_tokens": 5}, r"level='head' compares all heads; .*max_tokens=None"),
         ({"head_scores": torch.zeros(4, 2)}, r"head_scores needs level='head', not level='pair'"),
-        ({"head_scores": torch.zeros(2, 4), "level": "head"}, r"head_scores has shape \(2, 4\) and must be \(4, 2\)"),
-        ({"head_scores": torch.full((4, 2), torch.nan), "level": "head"}, r"head_scores has shape .* one number for"),
+        (
+            {"head_scores": torch.zeros(2, 4), "level": "head"},
+            r"head_scores has the shape \(2, 4\) and must be \(4, 2\)",
+        ),
+        (
+            {"head_scores": torch.full((4, 2), torch.nan), "level": "head"},
+            r"head_scores has the shape .* one number for",
+        ),
     ],
 )
 def test_options(model, tokenizer, options, sentence):
