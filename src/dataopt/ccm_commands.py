@@ -140,6 +140,7 @@ def train(
     def training(folder: str, count: int) -> TrainingArguments:
         """Several processes meet in the first of these: nothing may be written before."""
         args = TrainingArguments(output_dir=str(work / folder), max_steps=count, **common)
+        args._n_gpu = min(args.n_gpu, 1)  # one process takes one GPU
         args.gradient_accumulation_steps = max(1, round(batch_size / (micro_batch * args.world_size)))
         return args
 

@@ -31,7 +31,8 @@ class CCMTrainer(Trainer):
         kwargs: for Trainer.
 
     Raises:
-        TypeError: a model that is no CCMModel. ValueError: a negative ``distill``.
+        TypeError: a model that is no CCMModel.
+        ValueError: a negative ``distill``, or one process with several GPUs, where Trainer would take ``DataParallel``.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class CCMTrainer(Trainer):
         if data_collator is None:
             data_collator = CCMCollator(decoder.pad_id(kwargs.get("processing_class"), model.config))
         super().__init__(model, args, data_collator, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args sees {self.args.n_gpu} GPUs in one process, and segments cannot be scattered over them; start one "
+                "process a GPU with torchrun, or let it see one with CUDA_VISIBLE_DEVICES=0"
+            )
         self.distill = distill
         self.label_names = ["labels"]
 

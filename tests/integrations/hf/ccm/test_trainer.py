@@ -182,3 +182,7 @@ def test_what_is_no_ccm_model_is_refused(tmp_path):
         CCMTrainer(tiny(), arguments(tmp_path))
     with pytest.raises(ValueError, match="distill=-1"):
         CCMTrainer(ccm(), arguments(tmp_path), distill=-1)
+    several = arguments(tmp_path)
+    several._n_gpu = 2  # as on a machine with two
+    with pytest.raises(ValueError, match="sees 2 GPUs in one process"):
+        CCMTrainer(ccm(), several)
