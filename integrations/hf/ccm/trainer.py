@@ -53,7 +53,7 @@ class CCMTrainer(Trainer):
         super().__init__(model, args, data_collator, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"args sees {self.args.n_gpu} GPUs in one process, and segments cannot be scattered over them; start one "
+                f"args sees {self.args.n_gpu} GPUs in one process, and which its segments cannot share; start one "
                 "process a GPU with torchrun, or let it see one with CUDA_VISIBLE_DEVICES=0"
             )
         self.distill = distill
