@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_flags, check_numbers, check_tensors
+from .decode import decode, serves
 from .packed import PackedHeads
 
 # Private to torch; where a version lacks it, attention is computed in blocks.
@@ -214,13 +215,20 @@ def ragged_attention(
         TypeError: something else than tensors and packed contexts.
         ValueError: shapes, heads or types that do not go together, or rows that the contexts do not divide.
     """
-    tail = attention(q, k, v, scale, causal=mask is None, mask=mask, softcap=softcap)  # which looks at q, k, v, mask
+    _check(q, k, v, mask)
+    check_scale(scale, softcap)
     if not isinstance(contexts, list | tuple) or not contexts or len(q) % len(contexts):
         what = f"{len(contexts)}" if isinstance(contexts, list | tuple) else f"a {type(contexts).__name__}"
         raise ValueError(f"contexts is {what} for {len(q)} rows of q; give a list of one, or one for each run of rows")
-    if any(isinstance(c, PackedHeads) and (len(c.lengths), c.value_dim) != (v.shape[1], v.shape[3]) for c in contexts):
-        found = [(len(c.lengths), c.value_dim) for c in contexts]
-        raise ValueError(f"contexts has heads and value sizes {found}; those of v are {(v.shape[1], v.shape[3])}")
+    for context in contexts:
+        _check_context(q, context)
+        if (len(context.lengths), context.value_dim) != (v.shape[1], v.shape[3]):
+            found, wanted = (len(context.lengths), context.value_dim), (v.shape[1], v.shape[3])
+            raise ValueError(f"contexts has heads and a value size of {found}; those of v are {wanted}")
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if serves(q, contexts, k, mask, softcap, grad):
+        return with_sinks(decode(q, contexts[0], k, v, scale), sinks)
+    tail = attention(q, k, v, scale, causal=mask is None, mask=mask, softcap=softcap)
     if len(contexts) == 1:
         packed = packed_attention(q, contexts[0], scale, softcap)
     else:
@@ -248,17 +256,8 @@ def packed_attention(
         TypeError: no packed context.
         ValueError: heads, sizes or types that are not those of the context.
     """
-    if not isinstance(context, PackedHeads):
-        raise TypeError(f"contexts holds a {type(context).__name__}; give PackedHeads")
-    b, heads, n, d = q.shape
-    key_heads = len(context.lengths)
-    if heads % key_heads or d != context.head_dim:
-        raise ValueError(
-            f"q {tuple(q.shape)} does not fit contexts of {key_heads} heads of size {context.head_dim}; they belong to "
-            "another model"
-        )
-    if any(isinstance(t, Tensor) and t.dtype != q.dtype for t in (context.keys, context.values)):
-        raise ValueError(f"q is {q.dtype} and contexts holds pairs of another type; give one floating type")
+    _check_context(q, context)
+    (b, heads, n, d), key_heads = q.shape, len(context.lengths)
     groups = heads // key_heads
     rows = q.unflatten(1, (key_heads, groups)).permute(1, 0, 2, 3, 4).reshape(key_heads, b * groups * n, d)
     if softcap is None and _varlen_serves(rows, context):
@@ -267,6 +266,19 @@ def packed_attention(
         out, lse = _per_head(rows, context, scale, softcap)
     out = out.view(key_heads, b, groups, n, -1).permute(1, 0, 2, 3, 4)
     return out.flatten(1, 2), lse.view(key_heads, b, groups, n).permute(1, 0, 2, 3).flatten(1, 2)
+
+
+def _check_context(q: Tensor, context: PackedHeads) -> None:
+    if not isinstance(context, PackedHeads):
+        raise TypeError(f"contexts holds a {type(context).__name__}; give PackedHeads")
+    key_heads = len(context.lengths)
+    if q.shape[1] % key_heads or q.shape[3] != context.head_dim:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit contexts of {key_heads} heads of size {context.head_dim}; they belong to "
+            "another model"
+        )
+    if any(isinstance(t, Tensor) and t.dtype != q.dtype for t in (context.keys, context.values)):
+        raise ValueError(f"q is {q.dtype} and contexts holds pairs of another type; give one floating type")
 
 
 def _per_head(rows: Tensor, context: PackedHeads, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
