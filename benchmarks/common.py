@@ -37,7 +37,8 @@ class Run:
         title: first line of the report.
         settings: what the numbers depend on; cells of other settings are not kept.
         args: command line.
-        cells: finished ones, each with the processor that it ran on.
+        cells: finished ones.
+        cpus: the processor that each of them ran on.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Run:
     args: argparse.Namespace
     machine: Cell
     cells: dict[str, Cell] = field(default_factory=dict)
+    cpus: dict[str, str] = field(default_factory=dict)
 
     @property
     def json_path(self) -> Path:
@@ -74,8 +76,9 @@ class Run:
         return self.cells[key]
 
     def store(self, key: str, result: Cell, seconds: float) -> None:
-        self.cells[key] = result | {"cell_seconds": round(seconds, 1), "date": _now(), "cpu": self.machine["cpu"]}
-        content = {"settings": self.settings, "machine": self.machine, "cells": self.cells}
+        self.cells[key] = result | {"cell_seconds": round(seconds, 1), "date": _now()}
+        self.cpus[key] = self.machine["cpu"]
+        content = {"settings": self.settings, "machine": self.machine, "cpus": self.cpus, "cells": self.cells}
         write_whole(self.json_path, json.dumps(content, indent=1) + "\n")
         say(f"{key}: ran, {seconds:.1f} s")
 
@@ -83,7 +86,7 @@ class Run:
         """Print the parts and write them to ``NAME.md``, below the machine and above the date."""
         first, last = (min(c["date"] for c in self.cells.values()), max(c["date"] for c in self.cells.values()))
         seconds = sum(c["cell_seconds"] for c in self.cells.values())
-        cpus = collections.Counter(cell["cpu"] for cell in self.cells.values())
+        cpus = collections.Counter(self.cpus.values())
         cpu = next(iter(cpus)) if len(cpus) == 1 else ", ".join(f"{name} ({n} cells)" for name, n in cpus.items())
         head = [f"# {self.title}", self.machine_line(cpu), f"Measured {first} to {last}, {seconds:.0f} s in all."]
         text = "\n\n".join([*head, *parts]) + "\n"
@@ -146,8 +149,7 @@ def start(
     print(f"{title}\n{run.machine_line(machine['cpu'])}\nLoad average {os.getloadavg()[0]:.2f}, {_now()}.")
     if run.json_path.exists() and not args.fresh:
         stored = json.loads(run.json_path.read_text())
-        for cell in stored["cells"].values():
-            cell.setdefault("cpu", stored["machine"]["cpu"])
+        cpus = {key: stored.get("cpus", {}).get(key, stored["machine"]["cpu"]) for key in stored["cells"]}
         here = json.loads(json.dumps({"settings": run.settings, "machine": machine}))
         if not timed:
             stored["machine"]["cpu"] = machine["cpu"]
@@ -155,7 +157,7 @@ def start(
         if other:
             say(f"the results that are there come from other {' and '.join(other)}; measuring all cells anew")
         else:
-            run.cells = stored["cells"]
+            run.cells, run.cpus = stored["cells"], cpus
             say(f"kept cells: {', '.join(run.cells)}")
     return run
 

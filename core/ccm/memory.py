@@ -44,7 +44,7 @@ def merged(memory: Tensor, new: Tensor, step: Tensor, ema: float | None = None) 
         raise ValueError(f"step={step.tolist()!r:.80} must be the step of each of {len(memory)} rows, counted from 1")
     check_numbers(ema=1 if ema is None else ema)
     if ema is not None and not 0 < ema <= 1:
-        raise ValueError(f"ema={ema} must be in (0, 1]; None is the arithmetic mean")
+        raise ValueError(f"ema={ema} must lie in (0, 1]; None is the arithmetic mean")
     rates = [merge_rate(int(t), ema) for t in step.tolist()]
     rate = torch.tensor(rates, dtype=torch.float64).to(memory).view(-1, 1, 1, 1)
     first = (step == 1).to(memory.device).view(-1, 1, 1, 1)

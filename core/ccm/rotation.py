@@ -34,7 +34,7 @@ class Rotation:
         if f.ndim != 1 or not len(f) or not f.is_floating_point():
             raise ValueError(f"frequencies is {f.dtype} of shape {tuple(f.shape)}; give floating (r / 2,)")
         if f.device.type == "cpu" and not bool(f.isfinite().all()):  # elsewhere a look would wait for the device
-            raise ValueError("frequencies holds NaN or infinity; give radians per position")
+            raise ValueError("frequencies holds non-finite values; give radians per position")
 
     def __call__(self, keys: Tensor, shift: Tensor) -> Tensor:
         """Rotate by whole positions, computed in float32 or better.

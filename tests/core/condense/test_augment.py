@@ -85,9 +85,9 @@ def test_ranges_of_the_draws():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"crop": 1.0}, "crop=1.0 must be a share"),
-        ({"crop": (0, -0.1)}, r"crop=\(0, -0.1\) must be a share"),
-        ({"cutout": -1}, "cutout=-1 must be a share"),
+        ({"crop": 1.0}, r"crop=1.0 must lie in \[0, 1\); it is a share"),
+        ({"crop": (0, -0.1)}, r"crop=\(0, -0.1\) must lie in \[0, 1\)"),
+        ({"cutout": -1}, r"cutout=-1 must lie in \[0, 1\)"),
         ({"scale": 0.5}, "scale=0.5 must be at least 1"),
         ({"rotate": 200}, "rotate=200 must be degrees"),
     ],
