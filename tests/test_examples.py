@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -46,7 +47,9 @@ def test_continual_learning_on_the_digits(tmp_path, capsys):
 
 def test_continual_learning_on_pictures_of_a_folder(pictures, tmp_path):
     quick = ["--steps", "1", "--training-steps", "1", "--seeds", "1", "--methods", "init", "--width", "4"]
-    load("continual_learning").main([*quick, "--data", str(pictures), "--factor", "2", "--out", str(tmp_path)])
+    # oneDNN of torch 2.14.1 writes past its memory in this backward pass of ResNet-10, on AMD processors
+    with torch.backends.mkldnn.flags(enabled=False):
+        load("continual_learning").main([*quick, "--data", str(pictures), "--factor", "2", "--out", str(tmp_path)])
     curves = json.loads((tmp_path / "continual.json").read_text())["curves"]
     assert list(curves) == ["ConvNet-3", "ResNet-10"]
     assert all(points["init"][0] == [2, 4] for points in curves.values())
