@@ -1,5 +1,4 @@
-"""A decoding step over a packed context and its tail in one compiled sweep: the fused operators of torch cost a fixed
-time for each head, several times that of the few rows of a step."""
+"""A decoding step over a packed context and its tail in one compiled sweep, instead of a fused operator a head."""
 
 from __future__ import annotations
 
