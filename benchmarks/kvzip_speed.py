@@ -26,7 +26,7 @@ from dataopt.smollm2 import load_smollm2
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-THREADS, CHUNK, STEPS, REPETITIONS, PACKED = 2, 1024, 15, 3, (1.0, 0.3)
+THREADS, CHUNK, STEPS, REPETITIONS, PACKED = 2, 1024, 31, 3, (1.0, 0.3)
 LENGTHS: tuple[int, ...] = (1024, 2048, 4096, 6144)
 ROWS = (1, 8)
 QUESTION = "What is this text about?"
@@ -194,6 +194,7 @@ def _verdicts(cells: dict[int, common.Cell]) -> list[str]:
             sizes = c["bytes"]["8"]
             out += [
                 common.verdict("decode at 0.3 over DynamicCache, n=4096", one["0.3"] / one["DynamicCache"], most=0.65),
+                f"A step without any context takes {one[FLOOR] / one['DynamicCache']:.2f}.",
                 common.verdict("the same, eight questions", eight["0.3"] / eight["DynamicCache"], most=0.25),
                 common.verdict("share of the bytes, eight questions", sizes["0.3"] / sizes["DynamicCache"], most=0.06),
             ]

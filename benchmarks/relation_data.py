@@ -4,8 +4,9 @@ Each sample holds features, probabilities, the given and the true labels of one 
 seed. They are made once, kept among the scratch files, and made again where the recipe has changed.
 
 CIFAR-10: three disjoint parts of 12,000 training images, one for each seed; a small network of four convolutions.
-SST-2: 10,000 sentences for each seed, MiniLM features, out-of-fold logistic regression. FSDD: 2,700 recordings,
-log-mel pictures, a small network. Digits of scikit-learn: a hidden layer.
+Pretrained: the same images and labels, features of a residual network that was trained on 36,000 others with clean
+labels, out-of-fold logistic regression on them. SST-2: 10,000 sentences for each seed, MiniLM features, out-of-fold
+logistic regression. FSDD: 2,700 recordings, log-mel pictures, a small network. Digits of scikit-learn: a hidden layer.
 
 Noise: "top2" is the thesis' recipe: rows that a teacher of another architecture, which has not seen their labels, gets
 right take its second choice (the teachers: a residual network, trained on other images; TF-IDF and a logistic
@@ -88,14 +89,15 @@ class Task:
     def settings(self) -> dict[str, object]:
         """What the sample depends on."""
         used = RECIPES[self.data].settings if self.data in RECIPES else []
-        taught = RECIPES["teacher"].settings if self.data == "cifar10" else []
-        rows = {"cifar10": [PART, OUTLIER_ROWS, NEW], "sst2": [SENTENCES]}.get(self.data, [])
+        taught = RECIPES["teacher"].settings if self.data in ("cifar10", "pretrained") else []
+        rows = {"cifar10": [PART, OUTLIER_ROWS, NEW], "pretrained": [PART], "sst2": [SENTENCES]}.get(self.data, [])
         return {"name": self.name, "recipe": [RECIPE, *rows, *used, *taught]}
 
     @property
     def with_epochs(self) -> bool:
         """Whether each epoch's features and probabilities are kept too."""
-        return self.data == "fsdd" or (self.noise, self.share) in (("top2", 0.08), ("aggre", None))
+        kept = (("top2", 0.08), ("aggre", None))
+        return self.data == "fsdd" or (self.data != "pretrained" and (self.noise, self.share) in kept)
 
 
 @dataclass
@@ -331,14 +333,43 @@ def cifar10(task: Task, folder: Path, scratch: Path) -> Sample:
     if task.noise in ("fashion", "held-out"):
         return _contaminated(task, x, truth, folder)
     new = None
-    if task.noise in HUMAN:
-        labels = columns[HUMAN[task.noise]]
-    else:
-        rows = slice(task.seed * PART, (task.seed + 1) * PART)
-        labels = noisy(task, truth, lambda: load(CIFAR_TEACHER, folder, scratch).probs[rows], cifar.CLASSES)
     if task.noise == "clean":
         new = {"test": test_x[:NEW], "fashion": _as_cifar(fashion(folder, "t10k")[:NEW])}
-    return sample_of(task, x, labels, truth, (test_x, test["label"]), new)
+    return sample_of(task, x, _cifar_labels(task, folder, scratch), truth, (test_x, test["label"]), new)
+
+
+def _cifar_labels(task: Task, folder: Path, scratch: Path) -> Tensor:
+    """Given labels of a seed's images."""
+    columns = part(folder, task.seed)[1]
+    if task.noise in HUMAN:
+        return columns[HUMAN[task.noise]]
+    rows = slice(task.seed * PART, (task.seed + 1) * PART)
+    return noisy(task, columns["label"], lambda: load(CIFAR_TEACHER, folder, scratch).probs[rows], cifar.CLASSES)
+
+
+def pretrained(task: Task, folder: Path, scratch: Path) -> Sample:
+    """The labels of CIFAR-10, over features that were learned from other images."""
+    cifar.check(folder)
+    if task.noise == "features":
+        return _pretrained_features(task.seed, folder)
+    base = load(Task("pretrained", "features", None, task.seed), folder, scratch)
+    labels = _cifar_labels(task, folder, scratch)
+    start = time.perf_counter()
+    probs = out_of_fold(base.features.numpy(), labels)
+    facts = {"training_seconds": time.perf_counter() - start, "feature_seconds": base.facts["feature_seconds"]}
+    return Sample(base.features, probs, labels, base.truth, facts=facts)
+
+
+def _pretrained_features(seed: int, folder: Path) -> Sample:
+    """A seed's images as the residual network sees them that was trained on the three other parts."""
+    others = [part(folder, k) for k in range(len(SEEDS) + 1) if k != seed]
+    x, y = torch.cat([x for x, _ in others]), torch.cat([labels["label"] for _, labels in others])
+    model, seconds = RECIPES["teacher"].train(x, y, 10 + seed)
+    x, labels = part(folder, seed)
+    start = time.perf_counter()
+    features, probs = look(model, x, crops)
+    facts = {"training_seconds": seconds, "feature_seconds": time.perf_counter() - start}
+    return Sample(features, probs, labels["label"], labels["label"], facts=facts)
 
 
 def _contaminated(task: Task, x: Tensor, truth: Tensor, folder: Path) -> Sample:
@@ -504,13 +535,14 @@ def _strange_digits(kind: str, folder: Path, seed: int, count: int) -> Tensor:
 
 MAKERS: dict[str, Callable[[Task, Path, Path], Sample]] = {
     "cifar10": cifar10,
+    "pretrained": pretrained,
     "sst2": sst2,
     "fsdd": fsdd,
     "digits": digits,
 }
 
 
-def _make(task: Task, folder: Path, scratch: Path) -> tuple[common.Cell, float]:
+def make(task: Task, folder: Path, scratch: Path) -> tuple[common.Cell, float]:
     """One sample, in a process of its own."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -552,7 +584,7 @@ def check(folder: Path, wanted: Sequence[Task]) -> None:
         "fsdd": folder.parent / "fsdd" / "fsdd.npz",
         "fashion": folder.parent / "fashion_mnist" / "train-images-idx3-ubyte.gz",
     }
-    needed = {task.data for task in wanted} | {task.noise for task in wanted}
+    needed = {"cifar10" if t.data == "pretrained" else t.data for t in wanted} | {t.noise for t in wanted}
     missing = [name for name, file in files.items() if name in needed and not file.is_file()]
     if missing:
         common.stop(
@@ -597,7 +629,7 @@ def main() -> None:
             (run.scratch / "relation" / task.file).unlink(missing_ok=True)
     # teachers first, and something to do in between before what needs them
     missing.sort(key=lambda task: 0 if task in TEACHERS else 1 if task.noise in HUMAN else 2)
-    in_processes(run, _make, {task.name: (task, args.data, run.scratch) for task in missing})
+    in_processes(run, make, {task.name: (task, args.data, run.scratch) for task in missing})
     report(run, wanted)
 
 

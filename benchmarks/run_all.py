@@ -30,6 +30,7 @@ SCRIPTS = (
     ("ccm_stream", False),
     ("relation_data", True),
     ("relation_labels", True),
+    ("relation_rules", True),
     ("relation_outliers", True),
     ("relation_after_cleaning", True),
     ("relation_rounds", True),

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import io
 import json
+import re
 import shutil
 import sys
 import types
@@ -25,7 +26,7 @@ NAMES = (
     "comixup_time",
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
-    *("relation_rounds", "relation_speed", "mixup_methods", "mixup", "mixup_text"),
+    *("relation_rules", "relation_rounds", "relation_speed", "mixup_methods", "mixup", "mixup_text"),
     *("condense_data", "condense", "condense_speed", "endurance_kills", "endurance_commands", "endurance_review"),
     "endurance",
     *("ccm_tasks", "ccm_methods", "ccm", "ccm_speed", "ccm_stream"),
@@ -283,6 +284,19 @@ def test_relation_labels(run, results):
     assert len(cells["epochs: digits top2 8 %, seed 0"]["epochs"]["loss"]) == 30 and "Table 5.7" in text
     for number in ("5_5a", "5_5b", "5_6", "5_9"):
         assert Image.open(results / f"relation_labels_figure_{number}.png").format == "PNG"
+
+
+def test_relation_rules(run):
+    rules, text = run("relation_rules")
+    labels, _ = run("relation_labels")
+    ap = {name: values[0] for name, values in rules["digits top2 8 %, seed 0"].items() if isinstance(values, list)}
+    known = labels["scores: digits top2 8 %, seed 0"]["scores"]
+    same = {"relation": "relation, whitened, t=2", "loss": "loss", "margin": "margin"}
+    same["mean rank of relation, loss"] = "relation, whitened, t=2 + loss"
+    assert {mine: ap[mine] for mine in same} == pytest.approx({mine: known[other][0] for mine, other in same.items()})
+    least = min(max(ap["relation"], ap["loss"]) - value for name, value in ap.items() if name not in same)
+    chosen = re.search(r"Chosen: (.+)\. Confirming", text)[1]
+    assert max(ap["relation"], ap["loss"]) - ap[chosen] <= least + 1e-9
 
 
 def test_relation_outliers(run):

@@ -47,7 +47,7 @@ def input_gradient(
 
     Raises:
         ValueError: ``x`` is no floating batch of one of these shapes, holds non-finite values, has
-            no part in the loss, or ``resolution`` is outside (0, 1].
+            no part in the loss, the loss is no single number, or ``resolution`` is outside (0, 1].
 
     References:
         Thesis section 3.4; Simonyan et al., "Deep inside convolutional networks", 2014.

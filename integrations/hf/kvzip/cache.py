@@ -66,7 +66,8 @@ class KVzipCache(ReusableCache):
     Raises:
         ValueError: a bad argument, an empty context, one that leaves no room in the model's positions for the scoring
             input, or a model in training mode.
-        TypeError: a model that cannot be served: no attention interface, MLA, linear attention, shared pairs.
+        TypeError: a model that cannot be served: no attention interface, MLA, linear attention, shared pairs; or
+            ``head_scores`` that are neither numbers nor a path.
 
     Example::
 
