@@ -12,7 +12,9 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -218,6 +220,31 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(tmp_path):
     claim(out, {"a": 1}, True, "dataopt clean")
     claim(out, {"a": 1}, True, "dataopt clean")  # it is ours already
     assert hold(out / "work" / "arguments.json")
+
+
+def _begin_to_train(folders: list[Path], barrier, begun) -> None:
+    from dataopt.integrations.timm.saver import make_saver
+
+    args = SimpleNamespace(resume="", val_split="validation", checkpoint_hist=1)
+    for folder in folders:
+        task = SimpleNamespace(trainable_module=torch.nn.Linear(1, 1))
+        barrier.wait(60)
+        with suppress(SystemExit):
+            make_saver(args, str(folder), SimpleNamespace(seed=0), task, None, SimpleNamespace(scaler=None))
+            begun.put(folder.name)
+    barrier.wait(60)  # what a process holds goes with it
+
+
+def test_one_of_two_trainings_that_begin_at_once_gets_the_folder(tmp_path):
+    folders = [tmp_path / str(i) for i in range(20)]
+    barrier, begun = FRESH.Barrier(2), FRESH.Queue()
+    children = [FRESH.Process(target=_begin_to_train, args=(folders, barrier, begun)) for _ in range(2)]
+    for child in children:
+        child.start()
+    names = [begun.get(timeout=60) for _ in folders]
+    for child in children:
+        child.join()
+    assert sorted(names) == sorted(f.name for f in folders) and begun.empty()
 
 
 # ---- commands that are killed

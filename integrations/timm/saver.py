@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dataopt.core.artifacts import hold, whole_file, write_whole
+from dataopt.core.artifacts import alone_in, hold, whole_file, write_whole
 from timm.utils import CheckpointSaver
 from timm.utils.summary import trim_summary
 
@@ -44,23 +44,27 @@ def make_saver(
         SystemExit: a run that is not resumed lies there, or another process is at work there.
     """
     about, last = Path(folder, "args.yaml"), os.path.join(folder, "last.pth.tar")
-    there = {name for name in os.listdir(folder) if name[0] != "."} if os.path.isdir(folder) else set()
     used = f"--output {folder} is in use by another dataopt train; give another --experiment"
-    if about.exists() and not hold(about):
-        stop(used)
-    to_resume = "last.pth.tar" in there
-    killed = not to_resume and (there <= {"args.yaml", "summary.csv"} or "tmp.pth.tar" in there)  # in its first epoch
-    if there and not killed and not args.resume:
-        stop(f"--output {folder} is not empty; give another --experiment{f', or --resume {last}' if to_resume else ''}")
-    saver = Saver(
-        model=task.trainable_module, optimizer=optimizer, args=args, amp_scaler=accelerator.scaler, task=task,
-        checkpoint_dir=folder, recovery_dir=folder, decreasing=not args.val_split, max_history=args.checkpoint_hist,
-    )  # fmt: skip
-    if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
-        saver.load_state_dict_from_checkpoint(args.resume)
-    write_whole(about, yaml.safe_dump(vars(saved)))
-    if not hold(about):
-        stop(used)
+    with alone_in(Path(folder)):
+        there = {name for name in os.listdir(folder) if name[0] != "."} if os.path.isdir(folder) else set()
+        if about.exists() and not hold(about):
+            stop(used)
+        to_resume = "last.pth.tar" in there
+        # in its first epoch
+        killed = not to_resume and (there <= {"args.yaml", "summary.csv"} or "tmp.pth.tar" in there)
+        if there and not killed and not args.resume:
+            remedy = f", or --resume {last}" if to_resume else ""
+            stop(f"--output {folder} is not empty; give another --experiment{remedy}")
+        saver = Saver(
+            model=task.trainable_module, optimizer=optimizer, args=args, amp_scaler=accelerator.scaler, task=task,
+            checkpoint_dir=folder, recovery_dir=folder, decreasing=not args.val_split,
+            max_history=args.checkpoint_hist,
+        )  # fmt: skip
+        if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
+            saver.load_state_dict_from_checkpoint(args.resume)
+        write_whole(about, yaml.safe_dump(vars(saved)))
+        if not hold(about):
+            stop(used)
     return saver
 
 
