@@ -258,6 +258,8 @@ def main() -> None:
         f"Resident set in MiB, each loop in a process of its own, after a garbage collection and malloc_trim; flat is "
         f"a growth below {FLAT:g} MiB:",
         common.table(["loop", "counts", "MiB at first", "MiB at last", "growth", "KiB a pass", "flat"], loops),
+        "What a resume of the condenser leaves is safetensors' own: each tensor read or written keeps some 32 bytes "
+        "(0.8.0).",
     )
 
 
