@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import check_generator, check_numbers, check_tensors
+from ..arguments import check_generator, check_numbers
+from .saliency import check_batch
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,16 @@ class Adversarial:
         """Draw who is perturbed, and the inputs on which to take the gradient.
 
         Args:
-            x: (B, C, ...) normalised inputs.
+            x: (B, C, H, W) or (B, C, L) normalised inputs.
             generator: CPU generator.
 
         Returns:
             (inputs, noise): ``x`` itself where nothing is drawn.
+
+        Raises:
+            TypeError, ValueError: ``x`` is no finite floating batch, or ``generator`` no generator.
         """
-        check_tensors(x=x)
-        if not x.is_floating_point():
-            raise ValueError(f"x is {x.dtype}; give floating inputs")
+        check_batch(x)
         check_generator(generator)
         draw = torch.rand(2, generator=generator)
         on = (bool(draw[0] < self.p), bool(draw[0 if self.shared_draw else 1] < self.p))

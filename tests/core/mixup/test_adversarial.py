@@ -91,3 +91,10 @@ def test_decay_scales_by_one_draw_per_batch(x):
 def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Adversarial(**{"p": 0.1, "eps": EPS, "step": STEP, name: value})
+
+
+def test_an_input_that_is_not_finite_is_refused():
+    x = torch.rand(2, 3, 4, 4)
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"x holds non-finite values in samples \[1\]"):
+        Adversarial(p=0.5, eps=0.1, step=0.1).start(x)
