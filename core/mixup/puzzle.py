@@ -212,7 +212,7 @@ class PuzzleMix:
     def _distances(self, image: Tensor, partner: Tensor, cells: Grid) -> tuple[Tensor, Tensor] | None:
         if self.gamma == 0 or self.beta == 0:
             return None
-        pixels = unnormalise(image.float(), self.mean, self.std)
+        pixels = unnormalise(image.detach().float(), self.mean, self.std)
         low, high = (float(v) for v in pixels.aminmax())
         if self.mean is None and (low < -0.01 or high > 1.01):
             raise ValueError(

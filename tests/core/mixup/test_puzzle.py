@@ -357,3 +357,17 @@ def test_batch_of_one_and_indivisible_patch():
         PuzzleMix(4)(x[:1], torch.tensor([0]), s[:1], grid=2)
     with pytest.raises(ValueError, match="transport_patch=4 does not divide the 2x2 grid's regions of 6x6 pixels"):
         PuzzleMix(4, transport_patch=4)(x, torch.tensor([0, 1]), s, grid=2)
+
+
+@pytest.mark.parametrize("transport", ["iterative", None])
+def test_gradients_reach_the_inputs(transport):
+    torch.manual_seed(0)
+    x, y, s = torch.rand(4, 3, 16, 16), torch.arange(4), torch.rand(4, 16, 16)
+    mix = PuzzleMix(4, transport=transport)
+    plain = mix(x, y, s, generator=torch.Generator().manual_seed(0))
+    mixed = mix(x.requires_grad_(), y, s, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mixed.inputs, plain.inputs) and not mixed.targets.requires_grad
+    (g,) = torch.autograd.grad(mixed.inputs.sum(), x)
+    shown = plain.mask + torch.zeros_like(plain.mask).index_add_(0, plain.partner, 1 - plain.mask)
+    assert g.sum() == pytest.approx(mixed.inputs.numel(), rel=1e-5)
+    assert transport or torch.allclose(g, shown.unsqueeze(1).expand_as(g))
