@@ -20,7 +20,8 @@ def tile_sums(temperature: float, compatible: bool) -> Callable[..., Any]:
     own: where it is >= 0, row r is the block's column own + r, and only columns right of it count; else -1.
     cut and the sums, (R,) and (B,), are of the same type; sums start at what they hold.
     """
-    t = int(temperature) if float(temperature).is_integer() else float(temperature)
+    # numba multiplies for whole exponents, which pays for small ones, and takes none beyond 64 bits
+    t = int(temperature) if float(temperature).is_integer() and temperature <= 64 else float(temperature)
 
     # fastmath lets the sums run in vector lanes; inputs are finite. Loops start at 0, or they would not vectorise.
     @numba.njit(fastmath=True, nogil=True, cache=True)
