@@ -12,9 +12,11 @@ from pathlib import Path
 
 import dataopt
 import pytest
+import typer
 from dataopt import doctor
 from dataopt.doctor import Requirement, expand, requirements
 from dataopt.integrations.timm.options import add_arguments
+from dataopt.refusals import one_line
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -191,3 +193,10 @@ def test_every_requirement_is_read_and_its_module_known():
     assert not {"gco-wrapper", "cython"} & {r.name for r in expand("all", needed)}
     unknown = [r.name for r in expand("test", needed) if find_spec(r.module) is None]
     assert not unknown
+
+
+def test_a_library_that_announces_a_list_is_quoted_whole(capsys):
+    for message, said in (("one of:\n(1) this\n(2) that", "one of: (1) this (2) that"), ("no.\nmore", "no.")):
+        with pytest.raises(typer.Exit), one_line():
+            raise ValueError(message)
+        assert capsys.readouterr().err == said + "\n"

@@ -273,6 +273,16 @@ def test_ask_refuses_in_one_line(model, compressed, tmp_path):
         assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
+def test_an_adapter_with_tokens_of_its_own_is_no_model(model, text, tmp_path):
+    from dataopt.integrations.hf import CCMConfig, CCMModel
+    from transformers import AutoModelForCausalLM
+
+    CCMModel(AutoModelForCausalLM.from_pretrained(model), CCMConfig()).save_pretrained(tmp_path / "adapter")
+    result = run("compress", text, "--model", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "is an adapter with tokens of its own, as CCM trains" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_without_the_extra_or_matplotlib(model, text, tmp_path):
     without = dataopt_command("kvzip", "ask", "x", "Who?", without="transformers")
     assert without.returncode == 1 and len(without.stderr.strip().splitlines()) == 1

@@ -362,6 +362,13 @@ class Condenser:
                 f"model_fn's network does not take the {count} images of a class ({e}); give more images_per_class, "
                 "or a network without batch statistics"
             ) from e
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            raise ValueError(
+                f"model_fn's network does not take images of {data.shape} ({str(e).splitlines()[0]}); give a network "
+                "for this size"
+            ) from e
         if logits.ndim != 2 or len(logits) != count or logits.shape[1] < data.classes:
             raise ValueError(
                 f"model_fn's network gives {tuple(logits.shape)} for {count} images; give logits ({count}, K) of "

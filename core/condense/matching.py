@@ -42,17 +42,16 @@ def distance(synthetic: Sequence[Tensor], real: Sequence[Tensor], metric: str = 
             f"synthetic has tensors of {[tuple(s.shape) for s in synthetic]}, real of "
             f"{[tuple(r.shape) for r in real]}; give the same shapes (C, ...)"
         )
+    check_choice(METRICS, metric=metric)
     total = synthetic[0].new_zeros(len(synthetic[0]))
     for s, r in zip(synthetic, real, strict=True):
         if metric == "mse":
             total = total + (s - r).flatten(1).square().sum(1)
         elif metric == "l1":
             total = total + (s - r).flatten(1).abs().sum(1)
-        elif metric == "cosine":
+        else:
             a, b = (t.flatten(2) if t.ndim > 2 else t[:, None] for t in (s, r))  # a vector is one channel
             total = total + (1 - F.cosine_similarity(a, b, dim=2, eps=1e-6)).sum(1)
-        else:
-            raise ValueError(f"metric={metric!r} must be one of {', '.join(map(repr, METRICS))}")
     return total
 
 

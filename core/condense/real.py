@@ -127,7 +127,7 @@ class RealData:
         """Of the pixels and the labels, and of their shape and dtype."""
         digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
         for part in chunks(len(self.images)):
-            digest.update(self.images[part].cpu().contiguous().numpy().tobytes())
+            digest.update(self.images[part].cpu().contiguous().view(torch.uint8).numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 

@@ -165,7 +165,8 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
                 "(..., dv) and (...), both parts alike"
             )
     (a, lse_a), (b, lse_b) = first, second
-    share = torch.sigmoid(lse_a - lse_b).nan_to_num_(1.0).unsqueeze(-1)  # both empty: -inf - -inf is not a number
+    # both empty: -inf - -inf is not a number
+    share = torch.sigmoid((lse_a - lse_b).float()).nan_to_num_(1.0).unsqueeze(-1)
     return torch.lerp(b.float(), a.float(), share).to(a.dtype), torch.logaddexp(lse_a, lse_b)
 
 

@@ -245,7 +245,8 @@ def local_outlier_factor(features: Any, k: int = 20) -> Tensor:
 
     x = as_features(features)
     _check_k(k, len(x) - 1)
-    return torch.from_numpy(-LocalOutlierFactor(n_neighbors=k).fit(_array(x)).negative_outlier_factor_).double()
+    # float64: squares of large features overflow
+    return torch.from_numpy(-LocalOutlierFactor(n_neighbors=k).fit(_array(x.double())).negative_outlier_factor_)
 
 
 def _given(probs: Any, labels: Any) -> tuple[Tensor, Tensor]:

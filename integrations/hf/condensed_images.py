@@ -43,9 +43,9 @@ def decode_condensed(
         >>> dataset["label"][:], dataset[0]["image"].size
         ([4, 4, 4, 4], (8, 8))
     """
+    form = MultiFormation(factor, axes, mode)
     if mode == "bound":
         raise ValueError("mode='bound' depends on how many images are decoded at once; give 'single' or 'multi'")
-    form = MultiFormation(factor, axes, mode)
     check_strings(image_column=image_column)
     if not isinstance(batch, Mapping) or image_column not in batch or not len(batch[image_column]):
         raise ValueError(f"batch has no rows in image_column={image_column!r}; name the column that holds the images")

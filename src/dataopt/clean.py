@@ -25,7 +25,7 @@ from .integrations.hf import clean_dataset, hub
 from .integrations.hf.features import ModelOutputs, model_outputs
 from .integrations.hf.inputs import find_inputs
 from .items import items_table
-from .out_folder import claim
+from .out_folder import WORK, claimed
 from .sources import find_labels, find_source, labels_hash, load_source, write_parquet
 
 KIND, VERSION = "dataopt-clean", 1
@@ -70,13 +70,12 @@ def main(
     source = find_source(dataset, split, config, revision)
     data = load_source(source)
     label_column = label_column or find_labels(data)
-    claim(out, asked, resume, "dataopt clean")  # only now: a name that is not there leaves no folder behind
-
-    outputs = [
-        _outputs(name, data, out / "work" / f"model-{number}", place,
-                 input_column=input_column, label_column=label_column, probs=probs, head=head, batch_size=batch_size)
-        for number, name in enumerate(models)
-    ]  # fmt: skip
+    options = {"label_column": label_column, "probs": probs, "head": head, "batch_size": batch_size}
+    with claimed(out, asked, resume, "dataopt clean"):
+        outputs = [
+            _outputs(name, data, out / WORK / f"model-{number}", place, input_column=input_column, **options)
+            for number, name in enumerate(models)
+        ]
     settings = {"probs": probs, "action": action, "issues": list(issues), "partitions": partitions, "top": top}
     write_folder(out, source, data, label_column, outputs, list(models), settings, place)
 
@@ -111,7 +110,7 @@ def write_folder(
             top=settings["top"],
             partitions=partitions,
             device=device,
-            resume=out / "work" / "sums",
+            resume=out / WORK / "sums",
         )
     table = found.to_pandas().rename_axis("index").reset_index()
     suspects = found.suspects[:_SHOWN]
@@ -167,7 +166,7 @@ def load_model(name: str, data: datasets.Dataset, input_column: str | None, prob
     """A model for the data set's inputs, and its processor; None for a timm model, which brings its transform.
 
     Raises:
-        OSError, ValueError: no such model, or none for these inputs.
+        OSError, ValueError: no such model, none for these inputs, or one whose classifier was never trained.
     """
     if name.startswith("timm:"):
         import timm
@@ -187,7 +186,14 @@ def load_model(name: str, data: datasets.Dataset, input_column: str | None, prob
     processor = getattr(transformers, processors[modality]).from_pretrained(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # parts that a checkpoint lacks, as a pooler that nobody reads, are alike in every run
-        return getattr(transformers, kind).from_pretrained(name).eval(), processor
+        model, info = getattr(transformers, kind).from_pretrained(name, output_loading_info=True)
+    new = sorted(k for k in info["missing_keys"] if not k.startswith(f"{model.base_model_prefix}."))
+    if new and probs != "out-of-fold":
+        raise ValueError(
+            f"--model {name} has no trained classifier ({new[0]} is not among its weights); give one that was trained "
+            "on these classes, or --probs out-of-fold, which needs an encoder alone"
+        )
+    return model.eval(), processor
 
 
 def _unused(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .devices import find_device
 
@@ -29,7 +31,7 @@ class Source:
         """The model in eval mode, on its device, and its tokenizer.
 
         Raises:
-            ValueError: an impossible device, or a revision of what has none.
+            ValueError: an impossible device, a revision of what has none, or an adapter with tokens of its own.
             OSError: no such model.
             ModuleNotFoundError: smollm2 without its package.
         """
@@ -46,10 +48,18 @@ class Source:
                 )
             model, tokenizer = load_smollm2(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
         else:
+            _check_adapter(self.model, self.revision)
             model = AutoModelForCausalLM.from_pretrained(self.model, revision=self.revision, dtype=self.dtype).eval()
             tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
         moved: Any = model
         return moved.to(device), tokenizer
+
+
+def _check_adapter(model: str, revision: str | None) -> None:
+    """Transformers puts an adapter on its base model, whose vocabulary lacks the COMP tokens of a CCM adapter."""
+    file = find_adapter_config_file(model, revision=revision)
+    if file and json.loads(Path(file).read_text()).get("trainable_token_indices"):
+        raise ValueError(f"model={model!r} is an adapter with tokens of its own, as CCM trains; give its base model")
 
 
 def read_text(file: str) -> str:

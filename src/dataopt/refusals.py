@@ -27,14 +27,14 @@ def extra(name: str) -> Iterator[None]:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """What the libraries refuse, as the first line of their message."""
+    """What the libraries refuse, as the first line of their message; all of it in one where that announces a list."""
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             raise  # the reader of our output has left; typer ends quietly
-        message = str(error).strip() or type(error).__name__
-        _refuse(message.splitlines()[0], error)
+        lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+        _refuse(" ".join(lines) if lines[0].endswith(":") else lines[0], error)
 
 
 def _refuse(message: str, error: Exception) -> None:

@@ -59,6 +59,8 @@ def test_adapter(data):
     given_ = vary(data, call, others)
     output, hidden, rows = given_["output"], given_["hidden"], given_["rows"]
     before = output.detach().clone() if isinstance(output, torch.Tensor) else output
+    if isinstance(hidden, torch.Tensor) and hidden.shape[-1:] != (D,):
+        return  # the adapter's own error
     out = answer(add_lora_rows, given_)
     if out is not None:
         assert out.shape == before.shape and out.dtype == before.dtype
@@ -142,7 +144,7 @@ def test_oldest_slots_leave(data):
         assert torch.equal(found[1].nan_to_num(), given_["values"][:, :, drop:].nan_to_num())
         rest = given_["keys"][:, :, drop:]
         assert found[0].shape == rest.shape and found[0].dtype == rest.dtype
-        if rotate is not None and rest.numel():
+        if rotate is not None and rest.numel() and drop:  # what nothing leaves stays as it is
             rest = rotate(rest, torch.full((rest.shape[2],), -drop))
         assert torch.equal(found[0].nan_to_num(), rest.nan_to_num())
 
@@ -269,7 +271,8 @@ def test_merged_parts(data):
     if found is not None:
         (a, la), (b, lb) = parts["first"], parts["second"]
         assert found[0].dtype == a.dtype and found[0].shape == a.shape and found[1].shape == la.shape
-        if usual(a, b) and usual(la.clamp_min(-1e5), lb.clamp_min(-1e5)) and float(torch.cat([la, lb]).max()) < 80:
+        sizes = [t.float().clamp_min(-1e5) for t in (la, lb)]
+        if usual(a, b) and usual(*sizes) and float(torch.cat(sizes).max()) < 80:
             wa, wb = la.double().exp().unsqueeze(-1), lb.double().exp().unsqueeze(-1)
             expected = torch.where(wa + wb > 0, (wa * a.double() + wb * b.double()) / (wa + wb), a.double())
             if float((wa + wb).min()) > 0:

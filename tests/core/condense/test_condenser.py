@@ -441,6 +441,9 @@ BAD_DATA = {
     "auto": ({"factor": "auto", "factors": (9, 10)}, X, Y, ValueError, r"factors=\(9, 10\) are all larger"),
     "no convolution": ({"model_fn": flat_net}, X, Y, ValueError, "layers='conv' matches no layer of Sequential"),
     "few outputs": ({"model_fn": lambda: tiny_net(3, 2)}, X, Y, ValueError, r"gives \(\d+, 2\) .* K = 3 classes"),
+    "another size": (
+        {"model_fn": lambda: ConvNet(3, 3, (16, 16), 2, 4)}, X, Y, ValueError,
+        r"does not take images of \(3, 8, 8\) \(mat1 and mat2 .*\); give a network for this size"),
     "std": ({"mean": (0, 0, 0), "std": (1, 1, 0)}, X, Y, ValueError, "std above 0"),
     "one mean": ({"mean": (0,), "std": (1,)}, X, Y, ValueError, r"one number a channel \(3\)"),
     "names": ({}, X, Y, ValueError, "label_names has 2 names for the 3 classes"),
@@ -458,6 +461,12 @@ def test_bad_data(name, tmp_path):
     with pytest.raises(error, match=message):
         Condenser(**GOOD | settings).fit(x, y, label_names=names, resume=tmp_path / "state", progress=False)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_half_precision_images():
+    for dtype in (torch.float16, torch.bfloat16):
+        found = Condenser(**GOOD, steps=2).fit(X.to(dtype), Y, progress=False)
+        assert found.images.isfinite().all() and len(found.made["source"]["sha256"]) == 64
 
 
 def test_bar_shows_the_matching_loss(capfd):

@@ -94,6 +94,13 @@ def test_merge_of_parts_is_attention_over_the_union(seed, sizes, dtype):
     assert_same(got, expected, dtype)
 
 
+def test_merge_takes_sums_of_another_precision():
+    a, b = ((torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2))
+    out, lse = merge((a[0], a[1].double()), b)
+    torch.testing.assert_close(out, merge(a, b)[0])
+    torch.testing.assert_close(lse.float(), merge(a, b)[1])
+
+
 def test_merge_keeps_nothing_where_both_are_empty():
     q, k, v = problem()
     nothing = attention(q, k[:, :, :0], v[:, :, :0], SCALE)

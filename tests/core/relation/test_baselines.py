@@ -187,6 +187,13 @@ def test_local_outlier_factor(data):
     np.testing.assert_allclose(call("local_outlier_factor", data, k=k), want, rtol=1e-6)
 
 
+def test_local_outlier_factor_of_a_huge_row():
+    x = torch.randn(12, 4)
+    x[6, 0] = 3e38
+    found = b.local_outlier_factor(x, 3)
+    assert found.isfinite().all() and int(found.argmax()) == 6
+
+
 # What holds for all of them
 
 
