@@ -283,6 +283,16 @@ def test_an_adapter_with_tokens_of_its_own_is_no_model(model, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_head_is_refused(model, text, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    AutoModel.from_pretrained(model).save_pretrained(tmp_path / "trunk")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "trunk")
+    result = run("compress", text, "--model", tmp_path / "trunk", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "has no language-model head; give a model that writes text" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_without_the_extra_or_matplotlib(model, text, tmp_path):
     without = dataopt_command("kvzip", "ask", "x", "Who?", without="transformers")
     assert without.returncode == 1 and len(without.stderr.strip().splitlines()) == 1

@@ -31,7 +31,8 @@ class Source:
         """The model in eval mode, on its device, and its tokenizer.
 
         Raises:
-            ValueError: an impossible device, a revision of what has none, or an adapter with tokens of its own.
+            ValueError: an impossible device, a revision of what has none, an adapter with tokens of its own, or a model
+                without a language-model head.
             OSError: no such model.
             ModuleNotFoundError: smollm2 without its package.
         """
@@ -49,7 +50,13 @@ class Source:
             model, tokenizer = load_smollm2(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
         else:
             _check_adapter(self.model, self.revision)
-            model = AutoModelForCausalLM.from_pretrained(self.model, revision=self.revision, dtype=self.dtype).eval()
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.model, revision=self.revision, dtype=self.dtype, output_loading_info=True
+            )
+            model.eval()
+            head = model.get_output_embeddings()
+            if any(model.get_submodule(key.rpartition(".")[0]) is head for key in info["missing_keys"]):
+                raise ValueError(f"model={self.model!r} has no language-model head; give a model that writes text")
             tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
         moved: Any = model
         return moved.to(device), tokenizer
