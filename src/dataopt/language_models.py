@@ -50,9 +50,10 @@ class Source:
             model, tokenizer = load_smollm2(torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype))
         else:
             _check_adapter(self.model, self.revision)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 self.model, revision=self.revision, dtype=self.dtype, output_loading_info=True
             )
+            model, info = found
             model.eval()
             head = model.get_output_embeddings()
             if any(model.get_submodule(key.rpartition(".")[0]) is head for key in info["missing_keys"]):
