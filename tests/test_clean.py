@@ -213,6 +213,7 @@ def test_bad_arguments_are_one_line(arguments, message, reviews, text_model, tmp
     names = {"tmp": tmp_path, "csv": reviews}
     result = run(*[a.format(**names) for a in arguments], "--model", text_model, "--out", tmp_path / "out")
     assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out" / "record.json").exists()
     assert not (tmp_path / "out").exists() or message.startswith("partitions")  # which is known to be wrong later
 
 

@@ -88,9 +88,9 @@ def test_head_scores(data):
     call = {"head_scores": scores, "ratio": 0.5, "level": "head", "recent": 4}
     more = [scores.half(), scores.mT, scores.long(), -scores, scores.tolist(), scores.numpy()]
     given_ = vary(data, call, {"head_scores": more, "ratio": [0.25, 1.0], "recent": [0]})
-    if isinstance(given_["head_scores"], str):
-        return  # a folder, or a repository of the Hub
-    cache = answer(functools.partial(KVzipCache, llama(), tokenizer(), CONTEXT), given_)
+    if isinstance(given_["head_scores"], str) and given_["head_scores"]:
+        return  # could be a repository of the Hub
+    cache = answer(functools.partial(KVzipCache, llama(), tokenizer(), CONTEXT), given_, [*given_, "folder"])
     if cache is not None and given_["head_scores"] is not None and given_["level"] == "head":
         table = given_["head_scores"].double()
         lengths = torch.tensor([layer.lengths for layer in cache._states[0].layers])
