@@ -5,8 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+import transformers  # noqa: F401  its log would go to the first command's output for good
 import typer
 from dataopt.cli import app
 from hypothesis import given
@@ -69,7 +71,7 @@ def test_spoiled_options(name, inputs, data):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(inputs.parent)
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the environment is read at import only
         result = CliRunner().invoke(app, [w.format(**places) if "{i}" in w or w == "{out}" else w for w in words])
     torch.set_num_threads(threads)
     if not isinstance(result.exception, SystemExit | None):
