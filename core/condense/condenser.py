@@ -31,15 +31,16 @@ from .training import accuracy, fresh, own_random, rows_of, train_on
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"init": "centres", "optimiser": "adam", "lr": 0.01, "repeats": 4, "inner": 10, "network_steps": "free",
-             "network_lr": 0.03},
-    "released": {"init": "mix", "optimiser": "sgd", "repeats": 1, "inner": 100, "network_steps": 8, "network_lr": 0.01},
+             "network_lr": 0.03, "early_steps": 0, "networks": 0},
+    "released": {"init": "mix", "optimiser": "sgd", "repeats": 1, "inner": 100, "network_steps": 8, "network_lr": 0.01,
+                 "early_steps": 0, "networks": 0},
 }  # fmt: skip
-_FEATURES = {"repeats": 1, "inner": 1, "network_steps": 0}  # a fresh network for every step, never trained
+_FEATURES = {"repeats": 1, "inner": 1, "network_steps": 0, "early_steps": 0, "networks": 0}  # a fresh network for every step, never trained
 _CHOICES = {
     "axes": AXES, "formation": MODES, "metric": METRICS, "layers": LAYERS, "objective": ("gradients", "features"),
     "match": ("real", "synthetic"), "init": INITS, "optimiser": ("adam", "sgd"), "sampler": ("random", "kmeans"),
 }  # fmt: skip
-_OPEN = ("repeats", "inner", "network_steps")  # None takes the preset's
+_OPEN = ("repeats", "inner", "network_steps", "early_steps", "networks")  # None takes the preset's
 _LOOSE = ("steps", "checkpoint_every", "device", "compile")  # what a resumed run may change
 
 
@@ -79,8 +80,9 @@ class Condenser:
         network_steps: steps of the network after each look, on mixed batches with augmentation and CutMix, or
             ``"free"``: one step with the mean of the classes' gradients.
         network_lr: of those steps. cutmix: its probability.
-        early_steps: on mixed batches, of every renewed network.
-        pretrained: state dicts to renew from, drawn at random, in place of fresh weights.
+        early_steps: on mixed batches, of every new network before it is matched.
+        networks: so many new ones; later renewals go back to one of them as early_steps left it. 0: ever new ones.
+        pretrained: state dicts that new networks are drawn from, in place of fresh weights.
         augment: siamese :class:`Augment`, None for none, or ``"auto"``: colour, crop and cutout; for time, a shift.
         sampler: ``"kmeans"`` takes one real image of each of ``real_batch`` pixel clusters (after DREAM).
         mean, std: per channel, of the normalisation; None takes those of the images.
@@ -127,7 +129,8 @@ class Condenser:
     network_steps: int | str | None = None
     network_lr: float | None = None
     cutmix: float = 0.5
-    early_steps: int = 0
+    early_steps: int | None = None
+    networks: int | None = None
     pretrained: Sequence[Mapping[str, Tensor]] | None = None
     augment: Augment | str | None = "auto"
     sampler: str = "random"
@@ -155,7 +158,7 @@ class Condenser:
             raise ValueError(f"steps={self.steps} is a budget too short for one step; give at least 1")
         counts = ("steps", "images_per_class", "bound", "real_batch", "synthetic_batch", "repeats", "inner")
         least = dict.fromkeys((*counts, "checkpoint_every"), 1)
-        least |= dict.fromkeys(("network_steps", "early_steps", "factor_steps", "bank_bytes"), 0)
+        least |= dict.fromkeys(("network_steps", "early_steps", "networks", "factor_steps", "bank_bytes"), 0)
         for name, low in least.items():
             value = getattr(self, name)
             if (value is None and name in _OPEN) or (isinstance(value, str) and name == "network_steps"):

@@ -84,6 +84,7 @@ class Run:
         self.stored = initial.clone().requires_grad_()
         self.optimiser = self._image_optimiser()
         self.net_optimiser = sgd(self.net, settings.network_lr or 0.01)
+        self.pool: list[dict[str, Tensor]] = []  # networks as early_steps left them
         self.bank: list[Look] = []
         self.free: list[Tensor] = []  # gradients for the network's step at the end of the round
         self.steps, self.rounds, self.within = 0, 0, 0  # within: steps since the round began
@@ -137,16 +138,20 @@ class Run:
     # Parts of a round
 
     def _renew(self) -> None:
-        """Another network: fresh, or one of those loaded; then trained for a while where early_steps says so."""
+        """Another network: fresh or loaded and then trained for early_steps, or one that was so trained before."""
         s = self.settings
-        if s.pretrained:
-            self.net.load_state_dict(s.pretrained[self._integer(len(s.pretrained))])
-        else:
-            self.net.load_state_dict(fresh(s.model_fn, self.generator).state_dict())
+        assert s.network_lr is not None and s.early_steps is not None and s.networks is not None
+        back = 0 < s.networks == len(self.pool)
+        start = self.pool if back else s.pretrained
+        self.net.load_state_dict(
+            start[self._integer(len(start))] if start else fresh(s.model_fn, self.generator).state_dict()
+        )
         self.net.train()
-        assert s.network_lr is not None
         self.net_optimiser = sgd(self.net, s.network_lr)
-        self._train_on_batches(s.early_steps)
+        if not back:
+            self._train_on_batches(s.early_steps)
+            if s.networks:
+                self.pool.append({name: t.clone() for name, t in self.net.state_dict().items()})
 
     def _look(self) -> None:
         """Signatures of a batch of real images of each class, into the bank."""
@@ -282,6 +287,8 @@ class Run:
         tensors |= {f"net.{name}": t for name, t in self.net.state_dict().items()}
         tensors |= _moments(self.optimiser, "images") | _moments(self.net_optimiser, "network")
         tensors |= {f"free.{i:04d}": t for i, t in enumerate(self.free)}
+        for k, weights in enumerate(self.pool):
+            tensors |= {f"pool.{k}.{name}": t for name, t in weights.items()}
         for k, look in enumerate(self.bank):
             tensors |= {f"bank.{k}.params.{name}": t for name, t in look.params.items()}
             tensors |= {f"bank.{k}.targets.{i:04d}": t for i, t in enumerate(look.targets)}
@@ -291,7 +298,7 @@ class Run:
         tensors = {name: t.clone() for name, t in tensors.items()}  # shared weights are one tensor with two names
         bank = [len(look.draws) for look in self.bank]
         numbers = {"steps": self.steps, "rounds": self.rounds, "within": self.within, "seconds": self.seconds}
-        return tensors, numbers | {"bank": bank}
+        return tensors, numbers | {"bank": bank, "pool": len(self.pool)}
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         device = self.data.device
@@ -308,6 +315,8 @@ class Run:
         _restore_moments(self.optimiser, tensors, "images")
         _restore_moments(self.net_optimiser, tensors, "network")
         self.free = [t.to(device) for _, t in sorted(_under(tensors, "free.").items())]
+        pool = [_under(tensors, f"pool.{k}.") for k in range(record["pool"])]
+        self.pool = [{name: t.to(device) for name, t in weights.items()} for weights in pool]
         self.bank = []
         for k, draws in enumerate(record["bank"]):
             part = _under(tensors, f"bank.{k}.")

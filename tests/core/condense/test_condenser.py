@@ -119,6 +119,7 @@ VARIANTS = {
     "time": {"axes": "time"},
     "all layers": {"layers": "all", "optimiser": "sgd"},
     "early": {"early_steps": 3, "inner": 1, "network_steps": 2},
+    "early, on synthetic": {"early_steps": 3, "match": "synthetic", "networks": 1},
     "k-means": {"sampler": "kmeans", "real_batch": 5},
     "small batches": {"synthetic_batch": 3, "real_batch": 4, "bank_bytes": 1},
     "herding": {"init": "herding", "factor": 1},
@@ -233,6 +234,7 @@ RESUMED = {
     "features": {"objective": "features"},
     "dropout": {"model_fn": Plain},
     "time": {"axes": "time"},
+    "two networks": {"early_steps": 2, "networks": 2, "repeats": 2, "inner": 1},
     "small bank": {"bank_bytes": 1, "sampler": "kmeans", "real_batch": 5},
 }
 
@@ -284,6 +286,24 @@ def test_the_bank_stays_within_its_bytes(tmp_path):
         tensors, record = read(tmp_path / str(kept), "checkpoint-0of1")
         assert len(record["bank"]) == kept
         assert sum(t.nbytes for name, t in tensors.items() if "params" in name or "targets" in name) == kept * look
+
+
+@pytest.mark.parametrize("networks", [0, 1, 3])
+def test_renewals_go_back_to_as_many_networks_as_told(networks, tmp_path):
+    """Ten looks, each at a renewal; early steps make a network other than the one that model_fn gave."""
+    x, y = made()
+    weights = tiny_net().state_dict()
+    settings = {"inner": 1, "repeats": 2, "steps": 20, "network_steps": 0, "pretrained": [weights]}
+    for early in (0, 1):
+        folder = tmp_path / str(early)
+        condenser = Condenser(tiny_net, 1, 2, early_steps=early, networks=networks, **settings)
+        condenser.fit(x, y, resume=folder, progress=False)
+        tensors, record = read(folder, "checkpoint-0of1")
+        seen = [tensors[f"bank.{k}.params.head.weight"] for k in range(len(record["bank"]))]
+        assert len(seen) == 10 and record["pool"] == networks
+        distinct = {t.numpy().tobytes() for t in seen}
+        assert len(distinct) == (1 if not early else networks or 10)
+        assert (weights["head.weight"].numpy().tobytes() in distinct) == (not early)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
@@ -349,7 +369,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 # Several processes
 
 SHARED = {
-    "fast": {"repeats": 2, "inner": 3},
+    "fast": {"repeats": 2, "inner": 1, "early_steps": 2, "networks": 1},
     "synthetic": {"match": "synthetic", "network_steps": 1},
     "released": {"preset": "released", "lr": 0.05, "inner": 3},
 }
