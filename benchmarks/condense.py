@@ -1,9 +1,10 @@
 """Condensed data sets beside what the same storage gives otherwise: the thesis' tables and figures of chapter 6, small.
 
 Digits, Fashion-MNIST and CIFAR-10 (JPEG) at 1 and 10 stored images a class, spoken digits (FSDD spectrograms, cut along
-time) at 1: random and herded images, the images that condensation starts from, DSA, DM, IDC-I (factor 1) and IDC. Then
-factors 1 to 4 (Table 6.7), other test networks (Table 6.1), as many training steps for all (Table 6.2), what the parts
-bring (Table 6.5), shrinking afterwards (Table 6.6), gradient norms (Figure 6.4), and networks of one age (Figure 6.5).
+time) at 1: random and herded images, the images that condensation starts from, DSA, DM, IDC-I (factor 1) and IDC, also
+with networks that nothing trained before they are matched. Then factors 1 to 4 (Table 6.7), other test networks (Table
+6.1), as many training steps for all (Table 6.2), what the parts bring (Table 6.5), shrinking afterwards (Table 6.6),
+gradient norms (Figure 6.4), and networks of one age (Figure 6.5).
 
 A row is the mean over condensation seeds (two where the report says so) and three test networks each, after the last of
 a fixed number of steps with hard labels. DSA and DM are ours over the same parts: random real images to start from,
@@ -16,6 +17,7 @@ report says which have run: call the script again for the others.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -45,17 +47,19 @@ WORKERS = 2
 MINUTES = 60
 TEST_SEEDS: tuple[int, ...] = (0, 1, 2)
 PACKAGES = ("dataopt", "torch", "torchvision", "numpy", "scikit-learn")
+FRESH = {"early_steps": 0, "networks": 0}  # networks as model_fn makes them, another every ten looks
 DSA = {"match": "synthetic", "metric": "cosine", "init": "random", "repeats": 1}
-NETWORK = {"repeats": 1, "network_steps": 4, "network_lr": 0.01}  # trained between looks, as Algorithm 5 has it
+NETWORK = FRESH | {"repeats": 1, "network_steps": 4, "network_lr": 0.01}  # trained between looks, as Algorithm 5 has it
 METHODS: dict[str, dict[str, Any]] = {  # what a Condenser is given beside data, factor, seed and steps
     "IDC": {},
+    "fresh networks": FRESH,
     "DSA": DSA,
     "DM": {"objective": "features", "init": "random"},
     "feature matching from centres": {"objective": "features"},
-    "mix init": {"init": "mix"},
-    "L1": {"metric": "l1"},
-    "k-means batches": {"sampler": "kmeans"},
-    "no bank": {"repeats": 1},
+    "mix init": FRESH | {"init": "mix"},
+    "L1": FRESH | {"metric": "l1"},
+    "k-means batches": FRESH | {"sampler": "kmeans"},
+    "no bank": FRESH | {"repeats": 1},
     "Syn + Cos": NETWORK | {"match": "synthetic", "metric": "cosine", "cutmix": 0.0},
     "Syn + MSE": NETWORK | {"match": "synthetic", "cutmix": 0.0},
     "Real + Cos": NETWORK | {"metric": "cosine", "cutmix": 0.0},
@@ -146,7 +150,7 @@ class Row:
     @property
     def scores_start(self) -> bool:
         """Whether what it starts from is scored too: random images are a baseline anyway, others those of IDC."""
-        return self.method in ("IDC", "mix init") and (self.per_class == 1 or self.seed == 0)
+        return self.method in ("IDC", "fresh networks", "mix init") and (self.per_class == 1 or self.seed == 0)
 
     def condenser(self, setup: Setup) -> Condenser:
         data, options = setup.data(self.data), dict(METHODS[self.method])
@@ -345,6 +349,12 @@ def idc_rows(data: str, per_class: int) -> list[Row]:
     return [Row(data, per_class, "IDC", f, seed) for f in FACTORS[data, per_class] for seed in (0, 1)]
 
 
+def fresh_rows() -> list[Row]:
+    """Every row of IDC with networks that nothing has trained yet."""
+    rows = [row for group in GROUPS for row in idc_rows(*group)] + factor_rows()
+    return [dataclasses.replace(row, method="fresh networks") for row in rows]
+
+
 def rival_rows(data: str, per_class: int) -> list[Row]:
     """DSA and DM; two condensation seeds at one image a class."""
     seeds = (0, 1) if per_class == 1 and data != SPEECH else (0,)
@@ -398,7 +408,7 @@ def planned(setup: Setup) -> dict[str, Job]:
     out[name_of(GRADIENTS, NORMS)] = norms, (NORMS, setup)
     out |= {f"networks of every age, seed {seed}": (pretrain, (seed, setup)) for seed in (0, 1)}
     out |= {f"condensed with epoch {age}": (of_age, (age, setup)) for age in EPOCHS}
-    return out | rows(part_rows())
+    return out | rows(part_rows()) | rows(fresh_rows())
 
 
 def name_of(kind: str, what: Row | str) -> str:
@@ -446,10 +456,10 @@ def main_table(run: common.Run, data: str, per_class: int) -> list[str]:
             shown, steps = cell["shown"], cell["evaluation_steps"]
             lines.append([how, "", "", "", "", shown, steps, spread(cell["accuracies"]), "", ""])
     wanted = [(Row(data, per_class, rival), rival) for rival in ("DSA", "DM")]
-    wanted += [
-        (Row(data, per_class, "IDC", f), f"IDC, factor {f}" if f > 1 else "IDC-I (factor 1)")
-        for f in BUDGETS[data, per_class]
-    ]
+    for f in BUDGETS[data, per_class]:
+        name = f"IDC, factor {f}" if f > 1 else "IDC-I (factor 1)"
+        wanted += [(Row(data, per_class, "IDC", f), name)]
+        wanted += [(Row(data, per_class, "fresh networks", f), f"{name}, fresh networks")]
     found = [line_of(run, row, name) for row, name in wanted]
     lines += [line for line in found if line]
     return [f"{data}, {per_class} stored per class:", common.table(HEADER, lines)] if lines else []
@@ -518,13 +528,12 @@ def parts_table(run: common.Run) -> list[str]:
             "networks trained for 4 batches between two steps, on synthetic (Syn) or real images; Reg is CutMix:",
             common.table(HEADER, lines),
         ]
-    wanted = [(Row("Fashion-MNIST", 1, "IDC", 2), "IDC as above")]
-    wanted += [(Row("Fashion-MNIST", 1, m, 2), m) for m in SETTINGS]
+    wanted = [(Row("Fashion-MNIST", 1, m, 2), m) for m in ("fresh networks", *SETTINGS)]
     lines = [line for row, name in wanted if (line := line_of(run, row, name))]
     if len(lines) > 1:
-        out += ["Other settings, Fashion-MNIST, 1 per class, factor 2:", common.table(HEADER, lines)]
-    wanted = [(Row("CIFAR-10", 1, "IDC", 2), "IDC as above")]
-    wanted += [(Row("CIFAR-10", 1, m, 2), m) for m in SETTINGS]
+        title = "Other settings, each with fresh networks: Fashion-MNIST, 1 per class, factor 2:"
+        out += [title, common.table(HEADER, lines)]
+    wanted = [(Row("CIFAR-10", 1, m, 2), m) for m in ("fresh networks", *SETTINGS)]
     lines = [line for row, name in wanted if (line := line_of(run, row, name))]
     if len(lines) > 1:
         out += ["The same on CIFAR-10:", common.table(HEADER, lines)]

@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--factor", type=int, default=1, help="tiles a side of a stored picture")
     parser.add_argument("--width", type=int, default=32, help="of the networks; 128 in the thesis")
     parser.add_argument("--steps", type=int, default=150, help="of condensing, at each step of classes")
+    parser.add_argument("--early-steps", type=int, default=0, help="of the networks that condense, before they do")
     parser.add_argument("--training-steps", type=int, default=300, help="of each network that is tested")
     parser.add_argument("--seeds", type=int, default=3, help="networks for each point")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps=args.steps,
         device=args.device,
         repeats=2 if depth == 2 else 4,
+        early_steps=args.early_steps,
     )
     curves: dict[str, dict[str, tuple[list[int], list[float]]]] = {name: {} for name in networks}
     for method in args.methods:

@@ -25,7 +25,7 @@ from .hub.fixtures import hub, run_client
 __all__ = ["hub"]  # a fixture
 
 NAMES = ["nought", "one", "two"]
-SMALL = ("--images-per-class", 1, "--width", 4, "--seed", 3, "--device", "cpu")
+SMALL = ("--images-per-class", 1, "--width", 4, "--early-steps", 2, "--seed", 3, "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def condensed(folder, tmp_path_factory) -> Path:
 
 def test_the_folder_holds_what_the_condenser_makes(condensed, parts):
     network = Network("convnet", width=4).build((1, 8, 8), 3)
-    expected = Condenser(network, 1, 2, steps=4, seed=3).fit(*parts[0])
+    expected = Condenser(network, 1, 2, steps=4, early_steps=2, seed=3).fit(*parts[0])
     found = Condensed.load(condensed)
     assert torch.equal(found.images, expected.images) and found.label_names == tuple(NAMES)
     assert (found.factor, found.made["steps"]) == (2, 4)

@@ -31,11 +31,17 @@ from .training import accuracy, fresh, own_random, rows_of, train_on
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"init": "centres", "optimiser": "adam", "lr": 0.01, "repeats": 4, "inner": 10, "network_steps": "free",
-             "network_lr": 0.03, "early_steps": 0, "networks": 0},
+             "network_lr": 0.03, "early_steps": 300, "networks": 2},
     "released": {"init": "mix", "optimiser": "sgd", "repeats": 1, "inner": 100, "network_steps": 8, "network_lr": 0.01,
                  "early_steps": 0, "networks": 0},
 }  # fmt: skip
-_FEATURES = {"repeats": 1, "inner": 1, "network_steps": 0, "early_steps": 0, "networks": 0}  # a fresh network for every step, never trained
+_FEATURES = {
+    "repeats": 1,
+    "inner": 1,
+    "network_steps": 0,
+    "early_steps": 0,
+    "networks": 0,
+}  # a fresh network for every step, never trained
 _CHOICES = {
     "axes": AXES, "formation": MODES, "metric": METRICS, "layers": LAYERS, "objective": ("gradients", "features"),
     "match": ("real", "synthetic"), "init": INITS, "optimiser": ("adam", "sgd"), "sampler": ("random", "kmeans"),
@@ -48,11 +54,11 @@ _LOOSE = ("steps", "checkpoint_every", "device", "compile")  # what a resumed ru
 class Condenser:
     """Information-intensive dataset condensation: a few images a class that train networks like the whole set.
 
-    ``preset="released"`` is the authors' algorithm, its steps for one class after another taken as one exact step for
-    all; lr is for runs of hundreds of thousands of steps. ``preset="fast"`` keeps the objective and starts from class
-    centres, steps with Adam, takes several steps for each look at real images, old ones among them, and trains the
-    networks with the gradients it has. ``objective="features"`` takes cheaper steps; gradients are the thesis' choice
-    for long runs.
+    ``preset="released"`` is the authors' algorithm, its steps for one class after another taken as one exact step
+    for all; lr is for runs of hundreds of thousands of steps. ``preset="fast"`` keeps the objective and starts from
+    class centres, steps with Adam, takes several steps for each look at real images, old ones among them, under two
+    networks that 300 steps have trained (Figure 6.5), and trains them on with the gradients it has.
+    ``objective="features"`` takes cheaper steps; gradients are the thesis' choice for long runs.
 
     Arguments that are None are the preset's.
 
@@ -247,11 +253,12 @@ class Condenser:
                     settings.factor = self.choose_factor(images, labels)
                 initial = settings._initial(data, generator)
             assert isinstance(settings.factor, int)
-            run = Run(settings, data, MultiFormation(settings.factor, self.axes, self.formation, self.bound), initial,
-                      generator)  # fmt: skip
+            hidden = True if rank else None if progress is None else not progress
+            form = MultiFormation(settings.factor, self.axes, self.formation, self.bound)
+            run = Run(settings, data, form, initial, generator, hidden)
             if found:
                 run.restore(*found)
-            self._go(run, store, progress)
+            self._go(run, store)
             stored = run.result()
         losses = torch.tensor(run.losses, dtype=torch.float64)
         if world > 1:
@@ -308,10 +315,9 @@ class Condenser:
             )
         return max(scores, key=lambda f: scores[f])  # of equal ones the first
 
-    def _go(self, run: Run, store: Checkpoints | None, progress: bool | None) -> None:
-        disable = True if run.rank else None if progress is None else not progress
+    def _go(self, run: Run, store: Checkpoints | None) -> None:
         saved = run.steps
-        with tqdm(total=self.steps, initial=run.steps, desc="condensing", unit="step", disable=disable) as bar:
+        with tqdm(total=self.steps, initial=run.steps, desc="condensing", unit="step", disable=run.hidden) as bar:
             while run.steps < self.steps:
                 loss = run.step()
                 bar.set_postfix({"matching loss a class": f"{loss / len(run.mine):.4g}"}, refresh=False)
@@ -332,7 +338,9 @@ class Condenser:
         if self.objective == "features":
             values |= _FEATURES
         elif self.match == "synthetic" and values["network_steps"] == "free":
-            values["network_steps"] = 1
+            values |= {"network_steps": 1, "early_steps": 0, "networks": 0}
+        if self.pretrained:
+            values |= {"early_steps": 0, "networks": 0}
         if self.optimiser is not None and self.optimiser != values["optimiser"]:
             values["lr"] = 0.01 if self.optimiser == "adam" else None
         changed = {name: value for name, value in values.items() if getattr(self, name) is None}

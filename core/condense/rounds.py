@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from .augment import Augment, without_cutout
 from .formation import MultiFormation
@@ -58,6 +59,7 @@ class Run:
         formation: of the optimisation.
         initial: (K * images_per_class, C, H, W) in [0, 1].
         generator: of every draw.
+        hidden: of the bar of early_steps, as tqdm's ``disable``.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Run:
         formation: MultiFormation,
         initial: Tensor,
         generator: torch.Generator,
+        hidden: bool | None = None,
     ):
         self.settings, self.data, self.formation, self.generator = settings, data, formation, generator
+        self.hidden = hidden
         started = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
         self.mine = range(self.rank, data.classes, self.world)
@@ -149,7 +153,7 @@ class Run:
         self.net.train()
         self.net_optimiser = sgd(self.net, s.network_lr)
         if not back:
-            self._train_on_batches(s.early_steps)
+            self._train_on_batches(s.early_steps, "training a network")
             if s.networks:
                 self.pool.append({name: t.clone() for name, t in self.net.state_dict().items()})
 
@@ -234,7 +238,7 @@ class Run:
             assert isinstance(s.network_steps, int)
             self._train_on_batches(s.network_steps)
 
-    def _train_on_batches(self, count: int) -> None:
+    def _train_on_batches(self, count: int, shown: str | None = None) -> None:
         """Steps on mixed batches with augmentation and CutMix, of real or, for the ablation, synthetic images."""
         if not count:
             return
@@ -247,7 +251,8 @@ class Run:
                 images = self.data.normalise(formed.flatten(0, 1))
             labels = torch.arange(len(formed)).repeat_interleave(formed.shape[1])
         augment = without_cutout(self.augment)
-        for rows in _rows(len(labels), count, g):
+        hidden = self.hidden if shown else True
+        for rows in tqdm(_rows(len(labels), count, g), shown, leave=False, unit="step", disable=hidden):
             x = self.data(rows) if images is None else images[rows.to(device)]
             training_step(self.forward, self.net_optimiser, x, labels[rows].to(device), augment, s.cutmix, g,
                           self.data.classes)  # fmt: skip

@@ -100,6 +100,21 @@ def condense(
     init: Annotated[Init | None, typer.Option(help="What to start from; the default is the preset's.")] = None,
     objective: Annotated[Objective, typer.Option(help="What is matched.")] = Objective.gradients,
     lr: Annotated[float | None, typer.Option(help="Rate of the images; the default is the preset's.")] = None,
+    early_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps that train each new network before it is matched; the default is the preset's. "
+            "0 where few steps teach it nearly all, as with digits.",
+        ),
+    ] = None,
+    networks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="New networks in all, to which the run goes back; 0 for ever new ones. The default is the preset's.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     device: Device = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile; pays in runs of several minutes.")] = False,
@@ -134,6 +149,8 @@ def condense(
             init=init and str(init),
             objective=str(objective),
             lr=lr,
+            early_steps=early_steps,
+            networks=networks,
             seed=seed,
             device=device,
             compile=compile,

@@ -120,6 +120,8 @@ def condense(
     init: str | None,
     objective: str,
     lr: float | None,
+    early_steps: int | None,
+    networks: int | None,
     seed: int,
     device: str,
     compile: bool,
@@ -136,7 +138,7 @@ def condense(
         datasets.disable_progress_bars()
     settings = {
         "images_per_class": images_per_class, "factor": _factor(factor), "axes": axes, "preset": preset, "init": init,
-        "objective": objective, "lr": lr, "seed": seed,
+        "objective": objective, "lr": lr, "early_steps": early_steps, "networks": networks, "seed": seed,
     }  # fmt: skip
     if resume and is_published(out / "condensed.json"):
         raise ValueError(f"--out {out} holds a published data set, which --resume would mix with; give another folder")

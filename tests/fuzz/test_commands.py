@@ -20,7 +20,8 @@ from .budget import tries
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMMANDS = {
     "clean": "clean {i}/reviews.csv --model {i}/text --out {out} --device cpu",
-    "condense": "condense {i}/pictures --out {out} --images-per-class 1 --width 4 --steps 2 --init centres",
+    "condense": "condense {i}/pictures --out {out} --images-per-class 1 --width 4 --early-steps 2 --steps 2 "
+    "--init centres",
     "ccm train": "ccm train {i}/talks.jsonl --model {i}/language --out {out} --steps 2 --batch-size 4 --test-rows 4",
     "kvzip compress": "kvzip compress {i}/note.txt --model {i}/language --out {out} --device cpu",
 }

@@ -92,8 +92,8 @@ def test_condenser_settings(data):
             "formation": "single", "bound": 8, "init": "random", "objective": "gradients", "metric": "mse",
             "match": "real", "layers": "conv", "optimiser": "adam", "lr": 0.01, "real_batch": 4, "synthetic_batch": 8,
             "repeats": 1, "inner": 2, "network_steps": 1, "network_lr": 0.01, "cutmix": 0.5, "early_steps": 0,
-            "augment": None, "sampler": "random", "mean": (0.5,), "std": (0.5,), "factors": (1, 2), "factor_steps": 0,
-            "seed": 0, "compile": False, "checkpoint_every": 10}  # fmt: skip
+            "networks": 1, "augment": None, "sampler": "random", "mean": (0.5,), "std": (0.5,), "factors": (1, 2),
+            "factor_steps": 0, "seed": 0, "compile": False, "checkpoint_every": 10}  # fmt: skip
     settings = spoil(data, call, ("compile", "model_fn", "steps", "early_steps"))
     condenser = answer(Condenser, settings)
     if condenser is not None:
@@ -105,7 +105,7 @@ def test_condenser_settings(data):
 @given(st.data())
 def test_fit(data):
     call = {"images": X, "labels": Y, "label_names": ("a", "b")}
-    condenser = Condenser(net, 1, 2, steps=1, init="random", augment=None, real_batch=4)
+    condenser = Condenser(net, 1, 2, steps=1, init="random", augment=None, real_batch=4, early_steps=0)
     c = answer(condenser.fit, spoil(data, call) | {"progress": False}, [*call, "factor"])
     assert c is None or (finite(c.images) and c.labels.tolist() == list(range(c.classes)))
 
@@ -125,7 +125,7 @@ def test_evaluate(data):
 @given(st.data())
 def test_exemplar_memory(data):
     """New classes are stored beside the old, which stay bit for bit, also where the new ones are refused."""
-    recipe = Condenser(net, 1, 2, steps=1, init="random", augment=None, real_batch=4)
+    recipe = Condenser(net, 1, 2, steps=1, init="random", augment=None, real_batch=4, early_steps=0)
     call = {"condenser": recipe, "method": "init", "stored": None}
     old = Condensed(STORED, torch.tensor([5, 7]), 2, mean=(0.5,), std=(0.5,))
     settings = vary(data, call, {"method": ["random", "condensed"], "stored": [old, old]})

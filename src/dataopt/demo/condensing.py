@@ -30,8 +30,9 @@ def condense(
 ) -> Step:  # fmt: skip
     """The step; the condensed digits and their pictures are written into ``out / "condense"``."""
     train = (digits.x[cleaning.result.rows], cleaning.result.labels)
-    # a factor above 1 would cut 8 x 8 pixels into tiles that cannot show a digit
-    condenser = Condenser(network, images_per_class=1, factor=1, steps=steps, repeats=2)
+    # a factor above 1 would cut 8 x 8 pixels into tiles that cannot show a digit, and after 300 steps a network has
+    # little left to learn from digits
+    condenser = Condenser(network, images_per_class=1, factor=1, steps=steps, repeats=2, early_steps=0)
     condensed = condenser.fit(*train)
     folder = out / "condense"
     condensed.save(folder)

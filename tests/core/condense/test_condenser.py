@@ -130,7 +130,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_runs_and_changes_the_images(name):
     x, y = made(each=12, shape=(3, 8, 10))
-    settings = {"factor": 2, "steps": 3, **VARIANTS[name]}
+    settings = {"factor": 2, "steps": 3, "early_steps": 1, **VARIANTS[name]}
 
     def model_fn():
         return ConvNet(3, 3, (8, 10), depth=2, width=4)
@@ -166,7 +166,7 @@ class Plain(nn.Module):
 def test_any_network_will_do(settings):
     x, y = made(each=10)
     state = torch.get_rng_state()
-    c = [Condenser(Plain, 1, 2, steps=5, **settings).fit(x, y, progress=False) for _ in range(2)]
+    c = [Condenser(Plain, 1, 2, steps=5, early_steps=2, **settings).fit(x, y, progress=False) for _ in range(2)]
     assert torch.equal(c[0].images, c[1].images)
     assert torch.equal(torch.get_rng_state(), state)  # dropout drew from the run's own state
 
@@ -176,7 +176,7 @@ def test_classes_of_any_size(init):
     """One, three and thirty images where eight are needed."""
     x, y = made(each=30)
     keep = torch.cat([torch.tensor([0]), torch.arange(30, 33), torch.arange(60, 90)]).flip(0)
-    c = Condenser(tiny_net, 2, 2, steps=2, init=init).fit(x[keep], y[keep], progress=False)
+    c = Condenser(tiny_net, 2, 2, steps=2, early_steps=1, init=init).fit(x[keep], y[keep], progress=False)
     assert c.labels.tolist() == [0, 0, 1, 1, 2, 2] and c.made["source"]["classes"] == [1, 3, 30]
 
 
@@ -217,7 +217,9 @@ def test_strata_take_one_image_of_each_cluster():
 def test_factor_auto_keeps_small_digits_whole():
     train, _ = digits()
     assert Condenser(digit_net, 1, "auto", factors=(1, 2)).choose_factor(*train) == 1
-    c = Condenser(tiny_net, 1, "auto", steps=2, factor_steps=2, factors=(2, 9)).fit(*made(), progress=False)
+    c = Condenser(tiny_net, 1, "auto", steps=2, early_steps=0, factor_steps=2, factors=(2, 9)).fit(
+        *made(), progress=False
+    )
     assert c.factor == 2 and c.made["factor"] == 2
 
 
@@ -242,7 +244,7 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_is_bitwise_the_same(name, tmp_path):
     x, y = made()
-    settings = {"model_fn": tiny_net, "images_per_class": 1, "factor": 2, **RESUMED[name]}
+    settings = {"model_fn": tiny_net, "images_per_class": 1, "factor": 2, "early_steps": 1, **RESUMED[name]}
     whole = Condenser(steps=22, **settings)
     once = whole.fit(x, y, progress=False)
     for steps in (9, 9, 13, 22):  # within a round of four, and once with nothing to do
@@ -255,7 +257,16 @@ def test_resumed_is_bitwise_the_same(name, tmp_path):
 
 def test_an_interrupted_run_goes_on_from_its_last_checkpoint(tmp_path):
     x, y = made()
-    settings = {"images_per_class": 1, "factor": 2, "steps": 20, "repeats": 3, "inner": 1, "checkpoint_every": 4}
+    settings = {
+        "images_per_class": 1,
+        "factor": 2,
+        "steps": 20,
+        "repeats": 3,
+        "inner": 1,
+        "checkpoint_every": 4,
+        "early_steps": 0,
+        "networks": 0,
+    }
     whole = Condenser(tiny_net, **settings).fit(x, y, progress=False)
     nets = 0
 
@@ -281,11 +292,12 @@ def test_the_bank_stays_within_its_bytes(tmp_path):
     look = 4 * (weights + 3 * matched)  # float32: a network, and the gradients of three classes
     x, y = made()
     for kept, size in ((3, 3 * look + 1), (1, look - 1), (64, 1 << 30)):
-        condenser = Condenser(tiny_net, 1, 2, steps=140, bank_bytes=size, repeats=2, real_batch=4)
+        condenser = Condenser(tiny_net, 1, 2, steps=140, bank_bytes=size, repeats=2, real_batch=4, early_steps=0)
         condenser.fit(x, y, resume=tmp_path / str(kept), progress=False)
         tensors, record = read(tmp_path / str(kept), "checkpoint-0of1")
         assert len(record["bank"]) == kept
-        assert sum(t.nbytes for name, t in tensors.items() if "params" in name or "targets" in name) == kept * look
+        held = (t.nbytes for name, t in tensors.items() if "params" in name or "targets" in name)
+        assert sum(held) == kept * look
 
 
 @pytest.mark.parametrize("networks", [0, 1, 3])
@@ -308,28 +320,32 @@ def test_renewals_go_back_to_as_many_networks_as_told(networks, tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     x, y = made()
-    Condenser(tiny_net, 1, 2, steps=2).fit(x, y, resume=tmp_path, progress=False)
+    Condenser(tiny_net, 1, 2, steps=2, early_steps=1).fit(x, y, resume=tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"was saved with lr=0\.01, now it is 0\.02; give the same settings"):
-        Condenser(tiny_net, 1, 2, steps=2, lr=0.02).fit(x, y, resume=tmp_path, progress=False)
+        Condenser(tiny_net, 1, 2, steps=2, early_steps=1, lr=0.02).fit(x, y, resume=tmp_path, progress=False)
     with pytest.raises(ValueError, match="was saved with source="):
-        Condenser(tiny_net, 1, 2, steps=2).fit(x.flip(3), y, resume=tmp_path, progress=False)
+        Condenser(tiny_net, 1, 2, steps=2, early_steps=1).fit(x.flip(3), y, resume=tmp_path, progress=False)
     with pytest.raises(ValueError, match="steps=1 is less than the 2 that resume="):
-        Condenser(tiny_net, 1, 2, steps=1).fit(x, y, resume=tmp_path, progress=False)
+        Condenser(tiny_net, 1, 2, steps=1, early_steps=1).fit(x, y, resume=tmp_path, progress=False)
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"bytes where checkpoint-0of1\.json says"):
-        Condenser(tiny_net, 1, 2, steps=2).fit(x, y, resume=tmp_path, progress=False)
+        Condenser(tiny_net, 1, 2, steps=2, early_steps=1).fit(x, y, resume=tmp_path, progress=False)
 
 
 def test_a_checkpoint_of_another_network_or_number_of_processes_is_refused(tmp_path):
     x, y = made()
     weights = [tiny_net().state_dict() for _ in range(2)]
-    Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
+    Condenser(tiny_net, 1, 2, steps=2, early_steps=1, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
     with pytest.raises(ValueError, match="was saved with pretrained weights="):
-        Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[1:]).fit(x, y, resume=tmp_path, progress=False)
+        Condenser(tiny_net, 1, 2, steps=2, early_steps=1, pretrained=weights[1:]).fit(
+            x, y, resume=tmp_path, progress=False
+        )
     (tmp_path / "checkpoint-0of1.json").rename(tmp_path / "checkpoint-0of12-a.json")
     with pytest.raises(ValueError, match="another number of processes"):
-        Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
+        Condenser(tiny_net, 1, 2, steps=2, early_steps=1, pretrained=weights[:1]).fit(
+            x, y, resume=tmp_path, progress=False
+        )
 
 
 def test_dropout_is_refused_with_several_processes(monkeypatch):
@@ -338,16 +354,16 @@ def test_dropout_is_refused_with_several_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(ValueError, match=r"has the dropout '.*', which draws differently in 2 processes"):
-        Condenser(Plain, 1, 2, steps=1).fit(x, y, progress=False)
+        Condenser(Plain, 1, 2, steps=1, early_steps=1).fit(x, y, progress=False)
 
 
 def _full_disk(folder: Path) -> None:
     torch.set_num_threads(1)
     x, y = made()
-    Condenser(tiny_net, 1, 2, steps=3).fit(x, y, resume=folder, progress=False)
+    Condenser(tiny_net, 1, 2, steps=3, early_steps=1).fit(x, y, resume=folder, progress=False)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     try:
-        Condenser(tiny_net, 1, 2, steps=6).fit(x, y, resume=folder, progress=False)
+        Condenser(tiny_net, 1, 2, steps=6, early_steps=1).fit(x, y, resume=folder, progress=False)
     except OSError as e:
         (folder / "error").write_text(str(e))
 
@@ -362,8 +378,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     (tmp_path / "error").unlink()
     assert len(os.listdir(tmp_path)) == 2  # nothing half-written
     x, y = made()
-    c = Condenser(tiny_net, 1, 2, steps=6).fit(x, y, resume=tmp_path, progress=False)
-    assert torch.equal(c.images, Condenser(tiny_net, 1, 2, steps=6).fit(x, y, progress=False).images)
+    c = Condenser(tiny_net, 1, 2, steps=6, early_steps=1).fit(x, y, resume=tmp_path, progress=False)
+    assert torch.equal(c.images, Condenser(tiny_net, 1, 2, steps=6, early_steps=1).fit(x, y, progress=False).images)
 
 
 # Several processes
@@ -408,7 +424,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 
 # Bad input
 
-GOOD = {"model_fn": tiny_net, "images_per_class": 1, "factor": 2}
+GOOD = {"model_fn": tiny_net, "images_per_class": 1, "factor": 2, "early_steps": 1}
 BAD_SETTINGS = {
     "half a step": ({"steps": 2.5}, "steps=2.5 must be a whole number of at least 1"),
     "negative network steps": ({"network_steps": -3}, "network_steps=-3 must be a whole number of at least 0"),
@@ -498,7 +514,7 @@ def test_bar_shows_the_matching_loss(capfd):
 
 
 def test_spectrograms_shift_in_time_only():
-    condenser = Condenser(lambda: ConvNet(1, 2, (8, 16), 2, 4), 1, 2, axes="time", steps=2)
+    condenser = Condenser(lambda: ConvNet(1, 2, (8, 16), 2, 4), 1, 2, axes="time", steps=2, early_steps=1)
     x, y = made(classes=2, shape=(1, 8, 16))
     c = condenser.fit(x, y, progress=False)
     assert c.made["augment"]["crop"] == [0, 0.125] and not c.made["augment"]["colour"]

@@ -16,7 +16,7 @@ TRAIN, TEST = made(each=20), made(each=10, seed=0)
 
 @pytest.fixture(scope="module")
 def condensed() -> Condensed:
-    return Condenser(tiny_net, 1, 2, steps=2).fit(*TRAIN, progress=False)
+    return Condenser(tiny_net, 1, 2, steps=2, early_steps=1).fit(*TRAIN, progress=False)
 
 
 def other_net():
@@ -48,7 +48,7 @@ def test_scores_follow_the_labels(condensed):
 
 
 def test_init_is_what_the_condensation_started_from():
-    condenser = Condenser(tiny_net, 1, 2, steps=2, init="mix", seed=5)
+    condenser = Condenser(tiny_net, 1, 2, steps=2, early_steps=1, init="mix", seed=5)
     c = condenser.fit(*TRAIN, progress=False)
     start = Condensed(condenser.initial, c.labels, 2, mean=c.mean, std=c.std, made=c.made)
     scores = evaluate(start, TRAIN, TEST, tiny_net, seeds=(0, 1), steps=40, baselines=("init",), progress=False)
@@ -143,7 +143,7 @@ def test_networks_train_with_the_whole_augmentation_but_cutout():
 
 
 def test_start_by_herding_needs_its_network():
-    c = Condenser(tiny_net, 1, 1, init="herding", steps=1).fit(*TRAIN, progress=False)
+    c = Condenser(tiny_net, 1, 1, init="herding", steps=1, early_steps=0).fit(*TRAIN, progress=False)
     with pytest.raises(ValueError, match="herding chose with ConvNet of"):
         evaluate(c, TRAIN, TEST, lambda: tiny_net(width=8), seeds=(0,), steps=2, baselines=("init",), progress=False)
 

@@ -29,7 +29,10 @@ def network() -> ConvNet:
 
 
 def recipe(**changes) -> Condenser:
-    return Condenser(network, **{"images_per_class": 2, "factor": 2, "steps": 2, "real_batch": 8, "seed": 5} | changes)
+    return Condenser(
+        network,
+        **{"images_per_class": 2, "factor": 2, "steps": 2, "early_steps": 1, "real_batch": 8, "seed": 5} | changes,
+    )
 
 
 @pytest.fixture(scope="module")
