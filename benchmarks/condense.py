@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import statistics
@@ -379,11 +380,12 @@ def part_rows() -> list[Row]:
 TRANSFER, SHRINK, FIXED, GRADIENTS = "transfer", "shrunk afterwards", "fixed compute", "gradient norms"
 TRANSFERRED: dict[str, Row | str] = {
     "random": "random", "herding": "herding", "DSA": Row("CIFAR-10", 1, "DSA"), "DM": Row("CIFAR-10", 1, "DM"),
-    "IDC-I": Row("CIFAR-10", 1), "IDC, factor 2": Row("CIFAR-10", 1, factor=2),
-    "IDC, factor 3": Row("CIFAR-10", 1, factor=3),
 }  # fmt: skip
-COMPUTE = tuple(Row("CIFAR-10", 10, factor=f) for f in (1, 2))
-SHRUNK = tuple(Row(data, 4) for data in ("Fashion-MNIST", "CIFAR-10"))
+TILED = {"IDC-I": 1, "IDC, factor 2": 2, "IDC, factor 3": 3}
+TRANSFERRED |= {name: Row("CIFAR-10", 1, "IDC", f) for name, f in TILED.items()}
+TRANSFERRED |= {f"{name}, fresh networks": Row("CIFAR-10", 1, "fresh networks", f) for name, f in TILED.items()}
+COMPUTE = tuple(Row("CIFAR-10", 10, "fresh networks", f) for f in (1, 2))
+SHRUNK = tuple(Row(data, 4, "fresh networks") for data in ("Fashion-MNIST", "CIFAR-10"))
 NORMS = Row("CIFAR-10", 10, "DSA")
 
 
@@ -505,10 +507,10 @@ def explained(run: common.Run) -> list[str]:
 
 def factors_table(run: common.Run) -> list[str]:
     lines = []
-    for data, per_class in GROUPS:
-        row = [f"{data}, {per_class} per class", "", "", "", ""]
+    for (data, per_class), method in itertools.product(GROUPS, ("IDC", "fresh networks")):
+        row = [f"{data}, {per_class} per class, {method}", "", "", "", ""]
         for factor in BUDGETS[data, per_class]:
-            cells = cells_of(run, Row(data, per_class, "IDC", factor))
+            cells = cells_of(run, Row(data, per_class, method, factor))
             start = accuracies(cells, "start")
             row[factor] = f"{spread(accuracies(cells))} ({statistics.mean(start):.1f})" if start else ""
         if sum(map(bool, row)) > 2:
@@ -565,7 +567,10 @@ def compute_table(run: common.Run) -> list[str]:
                 lines.append([f"factor {row.factor}", what, cell[name]["steps"], spread(cell[name]["accuracies"])])
     if not lines:
         return []
-    title = f"Fixed training steps (Table 6.2): CIFAR-10, 10 per class, {LONG} epochs, condensation seed 0:"
+    title = (
+        f"Fixed training steps (Table 6.2): CIFAR-10, 10 per class, condensed with fresh networks, {LONG} epochs, "
+        "condensation seed 0:"
+    )
     return [title, common.table(["", "trained for", "steps", "accuracy %"], lines)]
 
 
@@ -574,13 +579,13 @@ def shrunk_table(run: common.Run) -> list[str]:
     for row in SHRUNK:
         cell = run.cells.get(name_of(SHRINK, row))
         if cell:
-            found = accuracies(cells_of(run, Row(row.data, 1, "IDC", 2)))
+            found = accuracies(cells_of(run, Row(row.data, 1, "fresh networks", 2)))
             idc = spread(found) if found else ""
             lines.append([row.data, idc, spread(cell["shrunk"]), spread(cell["whole"]), cell["evaluation_steps"]])
     if not lines:
         return []
     header = ["", "IDC, 1 stored", "IDC-I of 4, shrunk to 1", "IDC-I, 4 stored", "test steps"]
-    return ["Shrinking afterwards (Table 6.6), accuracy %:", common.table(header, lines)]
+    return ["Shrinking afterwards (Table 6.6), with fresh networks, accuracy %:", common.table(header, lines)]
 
 
 def norms_figure(run: common.Run) -> list[str]:
