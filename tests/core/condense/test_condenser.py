@@ -318,6 +318,18 @@ def test_renewals_go_back_to_as_many_networks_as_told(networks, tmp_path):
         assert (weights["head.weight"].numpy().tobytes() in distinct) == (not early)
 
 
+UNTRAINED = ({"early_steps": 0}, {"pretrained": True}, {"match": "synthetic"}, {"objective": "features"})
+
+
+@pytest.mark.parametrize("settings", UNTRAINED, ids=str)
+def test_networks_that_nothing_trains_first_are_ever_new(settings, tmp_path):
+    x, y = made()
+    if "pretrained" in settings:
+        settings = {"pretrained": [tiny_net().state_dict() for _ in range(3)]}
+    Condenser(tiny_net, 1, 2, steps=6, inner=1, repeats=1, **settings).fit(x, y, resume=tmp_path, progress=False)
+    assert read(tmp_path, "checkpoint-0of1")[1]["pool"] == 0
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     x, y = made()
     Condenser(tiny_net, 1, 2, steps=2, early_steps=1).fit(x, y, resume=tmp_path, progress=False)
