@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                  "early_steps": 0, "networks": 0},
 }  # fmt: skip
 # a fresh network for every step, never trained
-_FEATURES = {"repeats": 1, "inner": 1, "network_steps": 0, "early_steps": 0}
+_FEATURES = {"repeats": 1, "inner": 1, "network_steps": 0, "early_steps": 0, "networks": 0}
 _CHOICES = {
     "axes": AXES, "formation": MODES, "metric": METRICS, "layers": LAYERS, "objective": ("gradients", "features"),
     "match": ("real", "synthetic"), "init": INITS, "optimiser": ("adam", "sgd"), "sampler": ("random", "kmeans"),
@@ -82,8 +82,8 @@ class Condenser:
             ``"free"``: one step with the mean of the classes' gradients.
         network_lr: of those steps. cutmix: its probability.
         early_steps: on mixed batches, of every new network before it is matched.
-        networks: so many new ones; later renewals go back to one of them as early_steps left it. 0, or None without
-            early_steps: ever new ones.
+        networks: so many new ones; later renewals go back to one of them as early_steps left it. 0: ever new ones, as
+            is None without early_steps, with pretrained, for features, and on synthetic images.
         pretrained: state dicts that new networks are drawn from, in place of fresh weights.
         augment: siamese :class:`Augment`, None for none, or ``"auto"``: colour, crop and cutout; for time, a shift.
         sampler: ``"kmeans"`` takes one real image of each of ``real_batch`` pixel clusters (after DREAM).
@@ -334,10 +334,10 @@ class Condenser:
         if self.objective == "features":
             values |= _FEATURES
         elif self.match == "synthetic" and values["network_steps"] == "free":
-            values |= {"network_steps": 1, "early_steps": 0}
+            values |= {"network_steps": 1, "early_steps": 0, "networks": 0}
         if self.pretrained:
-            values["early_steps"] = 0
-        if not (values["early_steps"] if self.early_steps is None else self.early_steps):
+            values |= {"early_steps": 0, "networks": 0}
+        if self.early_steps == 0:
             values["networks"] = 0
         if self.optimiser is not None and self.optimiser != values["optimiser"]:
             values["lr"] = 0.01 if self.optimiser == "adam" else None

@@ -111,11 +111,11 @@ def test_a_fixed_network_is_matched_better_with_every_step(objective):
 
 
 VARIANTS = {
-    "cosine on synthetic": {"match": "synthetic", "metric": "cosine", "preset": "released"},
-    "synthetic, fast": {"match": "synthetic"},
-    "features": {"objective": "features"},
+    "cosine on synthetic": {"match": "synthetic", "metric": "cosine", "preset": "released", "early_steps": None},
+    "synthetic, fast": {"match": "synthetic", "early_steps": None},
+    "features": {"objective": "features", "early_steps": None},
     "multi": {"formation": "multi", "metric": "l1"},
-    "bound": {"formation": "bound", "bound": 5, "match": "synthetic"},
+    "bound": {"formation": "bound", "bound": 5, "match": "synthetic", "early_steps": None},
     "time": {"axes": "time"},
     "all layers": {"layers": "all", "optimiser": "sgd"},
     "early": {"early_steps": 3, "inner": 1, "network_steps": 2},
@@ -162,11 +162,11 @@ class Plain(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"preset": "released"}, {"objective": "features"}])
+@pytest.mark.parametrize("settings", [{"early_steps": 2}, {"preset": "released"}, {"objective": "features"}])
 def test_any_network_will_do(settings):
     x, y = made(each=10)
     state = torch.get_rng_state()
-    c = [Condenser(Plain, 1, 2, steps=5, early_steps=2, **settings).fit(x, y, progress=False) for _ in range(2)]
+    c = [Condenser(Plain, 1, 2, steps=5, **settings).fit(x, y, progress=False) for _ in range(2)]
     assert torch.equal(c[0].images, c[1].images)
     assert torch.equal(torch.get_rng_state(), state)  # dropout drew from the run's own state
 
@@ -232,8 +232,8 @@ def batch_norm_net():
 
 RESUMED = {
     "fast": {"repeats": 4, "inner": 2},
-    "released": {"preset": "released", "inner": 7, "network_steps": 2},
-    "features": {"objective": "features"},
+    "released": {"preset": "released", "inner": 7, "network_steps": 2, "early_steps": None},
+    "features": {"objective": "features", "early_steps": None},
     "dropout": {"model_fn": Plain},
     "time": {"axes": "time"},
     "two networks": {"early_steps": 2, "networks": 2, "repeats": 2, "inner": 1},
@@ -318,14 +318,17 @@ def test_renewals_go_back_to_as_many_networks_as_told(networks, tmp_path):
         assert (weights["head.weight"].numpy().tobytes() in distinct) == (not early)
 
 
-UNTRAINED = ({"early_steps": 0}, {"pretrained": True}, {"match": "synthetic"}, {"objective": "features"})
+EVER_NEW = (
+    {"early_steps": 0}, {"pretrained": True}, {"match": "synthetic"}, {"objective": "features"},
+    {"pretrained": True, "early_steps": 1}, {"match": "synthetic", "early_steps": 1}, {"preset": "released"},
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", UNTRAINED, ids=str)
-def test_networks_that_nothing_trains_first_are_ever_new(settings, tmp_path):
+@pytest.mark.parametrize("settings", EVER_NEW, ids=str)
+def test_networks_are_ever_new_where_the_preset_does_not_keep_any(settings, tmp_path):
     x, y = made()
     if "pretrained" in settings:
-        settings = {"pretrained": [tiny_net().state_dict() for _ in range(3)]}
+        settings = settings | {"pretrained": [tiny_net().state_dict() for _ in range(3)]}
     Condenser(tiny_net, 1, 2, steps=6, inner=1, repeats=1, **settings).fit(x, y, resume=tmp_path, progress=False)
     assert read(tmp_path, "checkpoint-0of1")[1]["pool"] == 0
 
@@ -348,16 +351,12 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 def test_a_checkpoint_of_another_network_or_number_of_processes_is_refused(tmp_path):
     x, y = made()
     weights = [tiny_net().state_dict() for _ in range(2)]
-    Condenser(tiny_net, 1, 2, steps=2, early_steps=1, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
+    Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
     with pytest.raises(ValueError, match="was saved with pretrained weights="):
-        Condenser(tiny_net, 1, 2, steps=2, early_steps=1, pretrained=weights[1:]).fit(
-            x, y, resume=tmp_path, progress=False
-        )
+        Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[1:]).fit(x, y, resume=tmp_path, progress=False)
     (tmp_path / "checkpoint-0of1.json").rename(tmp_path / "checkpoint-0of12-a.json")
     with pytest.raises(ValueError, match="another number of processes"):
-        Condenser(tiny_net, 1, 2, steps=2, early_steps=1, pretrained=weights[:1]).fit(
-            x, y, resume=tmp_path, progress=False
-        )
+        Condenser(tiny_net, 1, 2, steps=2, pretrained=weights[:1]).fit(x, y, resume=tmp_path, progress=False)
 
 
 def test_dropout_is_refused_with_several_processes(monkeypatch):
@@ -366,7 +365,7 @@ def test_dropout_is_refused_with_several_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(ValueError, match=r"has the dropout '.*', which draws differently in 2 processes"):
-        Condenser(Plain, 1, 2, steps=1, early_steps=1).fit(x, y, progress=False)
+        Condenser(Plain, 1, 2, steps=1).fit(x, y, progress=False)
 
 
 def _full_disk(folder: Path) -> None:
