@@ -1,5 +1,6 @@
-"""Run every Python block of the README and of the pages in docs/, and start every test from the same seeds."""
+"""Run every Python block of the README and of the pages in docs/; start every test from the same seeds and log."""
 
+import logging
 import random
 
 import numpy as np
@@ -14,7 +15,12 @@ pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Without it a test's numbers depend on which tests its worker process ran before."""
+    """Without it a test's numbers and output depend on which tests its worker process ran before."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    logging.root.setLevel(logging.WARNING)  # timm's script lowers it
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in tuple(getattr(logger, "handlers", ())):
+            if getattr(getattr(handler, "stream", None), "closed", False):  # of the test that first made it
+                logger.removeHandler(handler)
