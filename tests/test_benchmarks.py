@@ -27,8 +27,8 @@ NAMES = (
     *("kvzip_task", "kvzip_baselines", "kvzip_quality", "kvzip_speed", "kvzip_kvpress", "kvzip_cuda"),
     *("relation_models", "relation_data", "relation_labels", "relation_outliers", "relation_after_cleaning"),
     *("relation_rules", "relation_rounds", "relation_speed", "mixup_methods", "mixup", "mixup_text"),
-    *("condense_data", "condense", "condense_speed", "endurance_kills", "endurance_commands", "endurance_review"),
-    "endurance",
+    *("condense_data", "condense_cells", "condense_plan", "condense_report", "condense", "condense_speed"),
+    *("endurance_kills", "endurance_commands", "endurance_review", "endurance"),
     *("ccm_tasks", "ccm_methods", "ccm", "ccm_speed", "ccm_stream"),
 )
 
