@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from dataopt.core.condense import ConvNet
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @cache
@@ -38,3 +38,15 @@ def tiny_net(channels: int = 3, classes: int = 3, width: int = 4) -> ConvNet:
 def wide_net() -> ConvNet:
     """In float64, where different orders of summation agree to many digits."""
     return tiny_net().double()
+
+
+class Plain(nn.Module):
+    """A network of another kind, with batch norm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(4, 5)  # more outputs than classes
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
