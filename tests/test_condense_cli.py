@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from dataopt import plots
@@ -214,6 +215,65 @@ def test_grey_stays_grey_unless_a_picture_has_colour():
         read(grey, deep)
     with pytest.raises(ValueError, match="no image in row 1"):
         read(grey, None)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_tables_of_paths_or_bytes(folder, tmp_path, suffix):
+    """Files that know nothing of pictures: texts are paths, and a parquet file without its schema has bytes."""
+    paths = sorted((folder / "test").rglob("*.png"))
+    rows = pd.DataFrame({"path": map(str, paths), "kind": [path.parent.name for path in paths]})
+    table, column = tmp_path / f"rows{suffix}", "path"
+    if suffix == ".jsonl":
+        rows.to_json(table, orient="records", lines=True)
+    elif suffix == ".parquet":
+        column = "picture"
+        rows[column] = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+        rows.drop(columns="path").to_parquet(table)
+    else:
+        rows.to_csv(table, index=False, sep="\t" if suffix == ".tsv" else ",")
+    columns = ("--input-column", column, "--label-column", "kind")
+    made = []
+    for data, more in ((table, columns), (folder, ("--split", "test"))):
+        out = tmp_path / f"out{len(made)}"
+        result = run(data, *SMALL, *more, "--steps", 1, "--out", out)
+        assert result.exit_code == 0, result.output
+        made.append(Condensed.load(out))
+    assert torch.equal(made[0].images, made[1].images) and made[0].label_names == made[1].label_names == tuple(NAMES)
+    assert run("eval", tmp_path / "out0", "--test", folder, "--seeds", 1, "--steps", 1).exit_code == 0
+
+
+def test_what_is_held_out_leaves_an_image_of_each_class(folder, tmp_path):
+    data = tmp_path / "data"
+    for name in NAMES:
+        (data / name).mkdir(parents=True)
+        for path in sorted((folder / "train" / name).iterdir())[:2]:
+            shutil.copy(path, data / name)
+    out = tmp_path / "out"
+    assert run(data, *SMALL, "--steps", 1, "--hold-out", 0.9, "--out", out).exit_code == 0
+    assert (
+        json.loads(run("eval", out, "--seeds", 1, "--steps", 1) and (out / "scores.json").read_text())["test_images"]
+        == 3
+    )
+    next((data / "one").iterdir()).unlink()
+    result = run(data, *SMALL, "--steps", 1, "--hold-out", 0.2, "--out", tmp_path / "again")
+    assert result.exit_code == 1 and "the class 'one' has one image, which --hold-out cannot both" in result.output
+
+
+def test_another_network_than_the_one_that_herded_has_no_row_of_the_start(folder, tmp_path):
+    out = tmp_path / "out"
+    assert run(folder, *SMALL, "--factor", 1, "--init", "herding", "--steps", 1, "--out", out).exit_code == 0
+    for network, rows in (("timm:test_resnet", 4), ("convnet", 5)):
+        result = run("eval", out, "--network", network, "--seeds", 1, "--steps", 1)
+        assert result.exit_code == 0, result.output
+        assert len(json.loads((out / "scores.json").read_text())["rows"]) == rows
+        assert ("No row of the start" in result.output) == (rows == 4)
+
+
+def test_the_split_to_test_on_is_the_one_called_test(folder, condensed, tmp_path):
+    for split, source in (("train", "train"), ("validation", "test")):
+        shutil.copytree(folder / source, tmp_path / "data" / split)
+    result = run("eval", condensed, "--test", tmp_path / "data")
+    assert result.exit_code == 1 and "the splits train, validation; give one of them with --test-split" in result.output
 
 
 def test_a_broken_picture_is_named(folder, tmp_path):

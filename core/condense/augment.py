@@ -65,6 +65,12 @@ class Augment:
             raise ValueError(f"scale={self.scale} must be at least 1, which is off")
         if not 0 <= self.rotate <= 180:
             raise ValueError(f"rotate={self.rotate} must be degrees from 0, which is off, to 180")
+        for name in ("colour", "flip"):  # as JSON can hold them
+            object.__setattr__(self, name, bool(getattr(self, name)))
+        for name in ("cutout", "scale", "rotate"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        crop = tuple(map(float, self.crop)) if isinstance(self.crop, tuple) else float(self.crop)
+        object.__setattr__(self, "crop", crop)
 
     def _crop(self) -> tuple[float, float]:
         return self.crop if isinstance(self.crop, tuple) else (self.crop, self.crop)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_channel_numbers, check_choice, check_label_names, check_strings, check_tensors
+from ..arguments import check_channels, check_choice, check_label_names, check_strings, check_tensors
 from . import files
 from .formation import MultiFormation
 from .real import normalise
@@ -61,8 +61,10 @@ class Condensed:
             raise ValueError(f"labels is {y.dtype} of shape {tuple(y.shape)}; give ({len(x)},) int64 class ids from 0")
         check_choice(("single", "multi"), mode=self.mode)
         self.formation.check((x.shape[2], x.shape[3]))
+        check_channels(self.mean, self.std, x.shape[1])
         for name in ("mean", "std"):
-            check_channel_numbers(name, getattr(self, name), x.shape[1])
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         if not isinstance(self.made, dict):
             raise TypeError(f"made is a {type(self.made).__name__}; give a dict")
         check_label_names(self.label_names)

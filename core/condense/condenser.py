@@ -27,7 +27,7 @@ from .initial import INITS, initial_images
 from .matching import LAYERS, METRICS, matched_layers
 from .real import RealData
 from .rounds import Run
-from .training import accuracy, fresh, own_random, rows_of, train_on
+from .training import accuracy, any_network, check_network, fresh, network_record, own_random, rows_of, train_on
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"init": "centres", "optimiser": "adam", "lr": 0.01, "repeats": 4, "inner": 10, "network_steps": "free",
@@ -87,7 +87,7 @@ class Condenser:
         pretrained: state dicts that new networks are drawn from, in place of fresh weights.
         augment: siamese :class:`Augment`, None for none, or ``"auto"``: colour, crop and cutout; for time, a shift.
         sampler: ``"kmeans"`` takes one real image of each of ``real_batch`` pixel clusters (after DREAM).
-        mean, std: per channel, of the normalisation; None takes those of the images.
+        mean, std: per channel, of the normalisation, both or neither; None takes those of the images.
         factors, factor_steps: for ``factor="auto"``: the candidates, and steps before they are compared (0: the init).
         seed: of every draw.
         device: of the computation; None is where the images are.
@@ -173,14 +173,17 @@ class Condenser:
                 check_numbers(**{name: value})
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0")
+            setattr(self, name, None if value is None else float(value))
         if not isinstance(self.factors, list | tuple) or not self.factors:
             raise ValueError(f"factors={self.factors!r:.80} must be a tuple of whole numbers")
         for factor in self.factors:
             check_whole(factors=factor)
+        self.factors = tuple(int(factor) for factor in self.factors)
         check_numbers(cutmix=self.cutmix)
         check_whole(seed=self.seed)
         if not 0 <= self.cutmix <= 1:
             raise ValueError(f"cutmix={self.cutmix} must lie in [0, 1]")
+        self.cutmix, self.seed = float(self.cutmix), int(self.seed)  # as JSON can hold them
         free = self.network_steps == "free"
         if free and (self.match == "synthetic" or self.objective == "features"):
             raise ValueError(
@@ -357,32 +360,22 @@ class Condenser:
     def _check_network(self, data: RealData) -> None:
         if self.factor != "auto":
             MultiFormation(self.factor, self.axes).check(data.size)  # type: ignore[arg-type]
-        net = _any_network(self.model_fn).to(data.device)
+        net = any_network(self.model_fn).to(data.device)
         if self.objective == "gradients":
             matched_layers(net, self.layers)
         factor = 1 if self.factor == "auto" else self.factor
         form = MultiFormation(factor, self.axes, self.formation, self.bound)  # type: ignore[arg-type]
         count = min(sum(form.counts(self.images_per_class)), self.synthetic_batch)
-        try:
-            with torch.no_grad():
-                logits = net(data(torch.zeros(1, dtype=torch.long).expand(count)))
-        except ValueError as e:  # of batch statistics
-            raise ValueError(
-                f"model_fn's network does not take the {count} images of a class ({e}); give more images_per_class, "
-                "or a network without batch statistics"
-            ) from e
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:
-            raise ValueError(
-                f"model_fn's network does not take images of {data.shape} ({str(e).splitlines()[0]}); give a network "
-                "for this size"
-            ) from e
-        if logits.ndim != 2 or len(logits) != count or logits.shape[1] < data.classes:
-            raise ValueError(
-                f"model_fn's network gives {tuple(logits.shape)} for {count} images; give logits ({count}, K) of "
-                f"K = {data.classes} classes or more"
-            )
+        logits = check_network(net, data(torch.zeros(1, dtype=torch.long).expand(count)), data.classes)
+        if self.objective == "gradients":
+            params = {name: p for name, p in net.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(logits.sum(), list(params.values()), allow_unused=True)
+            unused = next((name for name, g in zip(params, found, strict=True) if g is None), None)
+            if unused is not None:
+                raise ValueError(
+                    f"the logits of model_fn's network do not depend on its {unused}; give a network without, or set "
+                    "requires_grad=False there"
+                )
 
     def _made(self, data: RealData) -> dict[str, Any]:
         """Settings, source and versions, as JSON can hold them."""
@@ -391,9 +384,7 @@ class Condenser:
         made["augment"] = None if self.augment is None else dataclasses.asdict(self.augment)  # type: ignore[arg-type]
         made["factors"] = list(self.factors)
         made["pretrained"] = len(self.pretrained or ())
-        net = _any_network(self.model_fn)
-        made["network"] = type(net).__name__
-        made["parameters"] = sum(p.numel() for p in net.parameters())
+        made |= network_record(self.model_fn)
         made["source"] = {"images": len(data.labels), "shape": list(data.shape), "sha256": data.sha256,
                           "classes": [len(rows) for rows in data.rows]}  # fmt: skip
         made["versions"] = {"torch": torch.__version__}
@@ -403,7 +394,7 @@ class Condenser:
 
     def _fingerprint(self, data: RealData) -> dict[str, Any]:
         made = self._made(data)
-        shapes = [(name, list(p.shape)) for name, p in _any_network(self.model_fn).named_parameters()]
+        shapes = [(name, list(p.shape)) for name, p in any_network(self.model_fn).named_parameters()]
         return {name: value for name, value in made.items() if name not in (*_LOOSE, "versions")} | {
             "mean": list(data.mean),
             "std": list(data.std),
@@ -421,12 +412,7 @@ def _processes(classes: int) -> tuple[int, int]:
 
 
 def _dtype(model_fn: Callable[[], nn.Module]) -> torch.dtype:
-    return next((p.dtype for p in _any_network(model_fn).parameters()), torch.float32)
-
-
-def _any_network(model_fn: Callable[[], nn.Module]) -> nn.Module:
-    """To look at; torch's own random state stays as it is."""
-    return fresh(model_fn, torch.Generator().manual_seed(0))
+    return next((p.dtype for p in any_network(model_fn).parameters()), torch.float32)
 
 
 def _released_rate(images_per_class: int, size: tuple[int, int]) -> float:

@@ -16,7 +16,7 @@ from .condensed import Condensed
 from .formation import MultiFormation
 from .initial import initial_images
 from .real import RealData
-from .training import BATCH, accuracy, fresh, rows_of, train_on
+from .training import BATCH, accuracy, any_network, check_network, fresh, network_record, rows_of, train_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +130,8 @@ def evaluate(
         progress: a bar; None shows one on a terminal.
 
     Raises:
-        ValueError: ``train`` is not what the set was condensed from; another argument outside its range.
+        ValueError: ``train`` is not what the set was condensed from; test images or classes, or a network, that do not
+            fit; a set that does not say what it started from; another argument outside its range.
     """
     _check(seeds, steps, epochs, baselines)
     if not isinstance(condensed, Condensed):
@@ -142,7 +143,7 @@ def evaluate(
     if not all(map(callable, functions)):
         raise TypeError(f"model_fn={model_fn!r:.80} must be a function that makes a network, or several by name")
     if not isinstance(model_fn, Mapping):
-        model_fn = {type(fresh(model_fn, torch.Generator().manual_seed(0))).__name__: model_fn}
+        model_fn = {type(any_network(model_fn)).__name__: model_fn}
     fns = dict(model_fn)
     if not fns:
         raise ValueError("model_fn names no network; give one at least")
@@ -162,6 +163,17 @@ def evaluate(
         held = RealData(*test, mean=data.mean, std=data.std, device=data.device, complete=False)
     except (TypeError, ValueError) as e:
         raise type(e)(f"test: {e}") from e
+    if held.shape != data.shape or held.classes > data.classes:
+        raise ValueError(
+            f"test has images of {held.shape} and class ids up to {held.classes - 1}, train images of {data.shape} and "
+            f"class ids up to {data.classes - 1}; give the same images and classes as there"
+        )
+    for fn in fns.values():
+        net = any_network(fn).to(data.device, torch.float32).eval()
+        with torch.no_grad():
+            check_network(net, data(torch.zeros(2, dtype=torch.long)), data.classes)
+    if "init" in baselines:
+        _check_start(condensed.made, next(iter(fns.values())))
     chosen = training_augment(condensed) if isinstance(augment, str) else augment
     names = ["condensed", *baselines]
     if teacher is not None:
@@ -204,6 +216,17 @@ def _check(seeds: Sequence[int], steps: int, epochs: int | None, baselines: Sequ
         check_choice(BASELINES, baselines=name)
 
 
+def _check_start(made: dict[str, Any], model_fn: ModelFn) -> None:
+    """Raise ValueError unless the images that the set started from can be made again."""
+    if "init" not in made or "seed" not in made:
+        raise ValueError("the condensed set does not say what it started from; give baselines=('random', 'herding')")
+    if made["init"] == "herding" and any(made.get(k) != v for k, v in network_record(model_fn).items()):
+        raise ValueError(
+            f"the condensed set started from what herding chose with {made.get('network')} of {made.get('parameters')} "
+            "parameters; give that as the first model_fn, or baselines=('random', 'herding')"
+        )
+
+
 def _images(
     name: str, condensed: Condensed, data: RealData, generator: torch.Generator, model_fn: ModelFn
 ) -> tuple[Tensor, Tensor]:
@@ -215,20 +238,8 @@ def _images(
     per_class = int(condensed.labels.bincount().max())
     form = MultiFormation(1)
     if name == "init":
-        made = condensed.made
-        if "init" not in made or "seed" not in made:
-            raise ValueError(
-                "the condensed set does not say what it started from; give baselines=('random', 'herding')"
-            )
-        generator, form = torch.Generator().manual_seed(int(made["seed"])), condensed.formation
-        name = str(made["init"])
-        if name == "herding":
-            net = fresh(model_fn, torch.Generator().manual_seed(0))
-            if (type(net).__name__, sum(p.numel() for p in net.parameters())) != (made["network"], made["parameters"]):
-                raise ValueError(
-                    f"the condensed set started from what herding chose with {made['network']} of {made['parameters']} "
-                    "parameters; give that as the first model_fn, or baselines=('random', 'herding')"
-                )
+        generator = torch.Generator().manual_seed(int(condensed.made["seed"]))
+        name, form = str(condensed.made["init"]), condensed.formation
         stored = initial_images(data, per_class, name, MultiFormation(form.factor, form.axes), generator, model_fn)
     else:
         stored = initial_images(data, per_class, name, form, generator, model_fn)

@@ -23,8 +23,12 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor], record: dict[str,
     A kill at any moment leaves the old pair or the new one, and so do several processes at once.
 
     Raises:
+        ValueError: a record of another kind has that name.
         OSError: the disk is full or the folder is read-only; what was there before stays.
     """
+    kind = _other_kind(folder / f"{name}.json")
+    if kind is not None:
+        raise ValueError(f"{folder / name}.json is there, of a {kind}; give another folder")
     record = json.loads(json.dumps(record))
     text = json.dumps(record, sort_keys=True)
     content = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"record": text})
@@ -51,6 +55,9 @@ def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {path.name}; give the folder that was saved to")
     member(folder, path.name)
+    kind = _other_kind(path)
+    if kind is not None:
+        raise ValueError(f"{path} is of a {kind}, which load_condensed and read_condensed read")
     try:
         content = json.loads(path.read_bytes())
         files, record = content["tensors"], content["record"]
@@ -95,6 +102,16 @@ def read(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "save or download it again"
             )
     return out, record
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a record of this name says that it is of, where it is not one of :func:`write`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # none, or damaged: :func:`read` says how
+    kind = content.get("kind") if isinstance(content, dict) and "tensors" not in content else None
+    return kind[:80] if isinstance(kind, str) else None
 
 
 def _is_ours(file: str, name: str) -> bool:

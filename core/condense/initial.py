@@ -69,7 +69,7 @@ def herding_rows(
     data: RealData, images_per_class: int, model_fn: Callable[[], nn.Module], generator: torch.Generator
 ) -> Tensor:
     """(K * images_per_class,) rows whose features have the means of their classes, of 1000 candidates a class."""
-    model = fresh(model_fn, generator).to(data.device)
+    model = fresh(model_fn, generator).to(data.device, data.dtype)
     train_on(model, data, data.labels.to(data.device), _HERDING_STEPS, augment=Augment(cutout=0), decay=False,
              generator=generator)  # fmt: skip
     model.eval()

@@ -17,6 +17,7 @@ from .condenser import Condenser
 from .formation import MultiFormation
 from .initial import initial_images
 from .real import RealData
+from .training import network_record
 
 METHODS = ("condensed", "init", "herding", "random")
 
@@ -160,6 +161,7 @@ def _chosen(recipe: Condenser, method: str, images: Any, labels: Tensor) -> Cond
         "seed": recipe.seed,
         "images_per_class": recipe.images_per_class,
         "steps": 0,
+        **network_record(recipe.model_fn),
         "augment": None if settings.augment is None else dataclasses.asdict(settings.augment),
         "source": {"images": len(data.labels), "shape": list(data.shape), "sha256": data.sha256},
     }

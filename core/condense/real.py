@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import check_channel_numbers
+from ..arguments import check_channels
 from ..relation.checks import as_tensor, chunks
 
 CANDIDATES = 1000  # images of a class that clustering and herding look at
@@ -24,7 +24,7 @@ class RealData:
     Args:
         images: (N, C, H, W), floating in [0, 1] or uint8.
         labels: (N,) class ids 0 to K - 1, each present.
-        mean, std: per channel; None takes those of the images.
+        mean, std: per channel, both or neither; None takes those of the images.
         device, dtype: of the batches given out; the images themselves stay as they are.
         complete: whether every class must have an image; a test set may lack some.
 
@@ -56,10 +56,9 @@ class RealData:
         self.rows = [(self.labels == c).nonzero().squeeze(1) for c in range(int(self.labels.max()) + 1)]
         self.device = self.images.device if device is None else torch.device(device)
         self.dtype = dtype
-        for name, value in (("mean", mean), ("std", std)):
-            check_channel_numbers(name, value, self.shape[0])
+        check_channels(mean, std, self.shape[0])
         found = _moments(self.images) if mean is None or std is None else (mean, std)
-        self.mean, self.std = (tuple(float(v) for v in found[i] if v is not None) for i in (0, 1))
+        self.mean, self.std = (tuple(float(v) for v in values) for values in found)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -102,7 +101,7 @@ class RealData:
         kept, held = [], []
         for rows in self.rows:
             mixed = rows[torch.randperm(len(rows), generator=generator)]
-            count = max(1, round(share * len(rows)))
+            count = max(1, min(round(share * len(rows)), len(rows) - 1))
             held.append(mixed[:count])
             kept.append(mixed[count:] if len(rows) > 1 else mixed)
         return torch.cat(kept), torch.cat(held)

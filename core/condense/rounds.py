@@ -87,7 +87,8 @@ class Run:
         self.initial = initial
         self.stored = initial.clone().requires_grad_()
         self.optimiser = self._image_optimiser()
-        self.net_optimiser = sgd(self.net, settings.network_lr or 0.01)
+        assert settings.network_lr is not None
+        self.net_optimiser = sgd(self.net, settings.network_lr)
         self.pool: list[dict[str, Tensor]] = []  # networks as early_steps left them
         self.bank: list[Look] = []
         self.free: list[Tensor] = []  # gradients for the network's step at the end of the round

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,35 @@ def train_on(
             training_step(model, optimiser, images(rows), y, augment, cutmix, generator, classes)
 
 
+def check_network(model: nn.Module, x: Tensor, classes: int) -> Tensor:
+    """Logits of a batch.
+
+    Raises:
+        ValueError: the network does not take the batch, or gives something else, or too few outputs.
+    """
+    try:
+        logits = model(x)
+    except ValueError as e:  # of batch statistics
+        raise ValueError(
+            f"model_fn's network does not take {len(x)} images of a class ({e}); give more images_per_class, or a "
+            "network without batch statistics"
+        ) from e
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as e:  # an assertion of timm's
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(
+            f"model_fn's network does not take images of {tuple(x.shape[1:])} ({why}); give a network for this size"
+        ) from e
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < classes:
+        raise ValueError(
+            f"model_fn's network gives {shape} for {len(x)} images; give logits ({len(x)}, K) of K = {classes} classes "
+            "or more"
+        )
+    return logits
+
+
 def rows_of(x: Tensor) -> Callable[[Tensor], Tensor]:
     """Row numbers to rows of ``x``, for :func:`train_on`."""
     return lambda rows: x[rows.to(x.device)]
@@ -106,6 +136,17 @@ def fresh(model_fn: Callable[[], nn.Module], generator: torch.Generator) -> nn.M
     """A new network, its weights drawn from ``generator``; torch's own random state stays as it is."""
     with own_random(int(torch.randint(2**62, (), generator=generator)), None):
         return model_fn()
+
+
+def any_network(model_fn: Callable[[], nn.Module]) -> nn.Module:
+    """To look at; torch's own random state stays as it is."""
+    return fresh(model_fn, torch.Generator().manual_seed(0))
+
+
+def network_record(model_fn: Callable[[], nn.Module]) -> dict[str, Any]:
+    """What ``made`` of a condensed set says of the network."""
+    net = any_network(model_fn)
+    return {"network": type(net).__name__, "parameters": sum(p.numel() for p in net.parameters())}
 
 
 @contextmanager

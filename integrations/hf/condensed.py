@@ -29,7 +29,8 @@ RECORD = "condensed.json"  # of a published data set, and of one that Condensed.
 PNG, EXACT = "default", "exact"  # configs
 _SETTINGS = ("factor", "axes", "mode", "mean", "std", "label_names", "made")
 _FILES = {PNG: "train", EXACT: "exact"}
-_OURS = ["train-*.parquet", "exact-*.parquet", "condensed-*.safetensors"]
+_DIGEST = "[0-9a-f]" * 16
+_OURS = [f"train-{_DIGEST}.parquet", f"exact-{_DIGEST}.parquet", f"condensed-{_DIGEST}.safetensors"]
 _BESIDE = re.compile(r"(\.gitattributes|README\.md|LICENSE.*)", re.IGNORECASE)  # what may be in a repository before
 
 
@@ -85,7 +86,7 @@ def push_condensed(
 
     Args:
         condensed: to be published.
-        repo_id: of the data set's repository; made where there is none.
+        repo_id: of the data set's repository, made where there is none; a bare name is the user's own.
         png: False publishes ``exact`` alone, as data that is neither grey nor colour needs.
         scores: of :func:`evaluate`, with the row of random images; for the card.
         licence: of the source data, as the Hub spells it (``"mit"``, ``"cc-by-4.0"``); for the card.
@@ -100,6 +101,7 @@ def push_condensed(
         ValueError: ``png=True`` and images of neither 1 nor 3 channels, scores without random images, label names that
             come twice, or a repository that holds something else. The errors of huggingface_hub.
     """
+    repo_id = hub.full_id(repo_id, token)
     parent = _parent(repo_id, token, revision)
     if parent is not None:
         kwargs.setdefault("parent_commit", parent)  # what was looked at is what is replaced

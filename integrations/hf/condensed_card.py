@@ -66,6 +66,7 @@ def _what(record: dict[str, Any]) -> str:
 
 def _use(name: str, record: dict[str, Any]) -> str:
     settings = {k: record[k] for k in ("factor", "axes", "mode")}
+    timm = f"With timm: `dataopt train hfds/{name} --val-dataset ...`. " if "default" in record["files"] else ""
     return f"""## Use
 
 ```python
@@ -84,7 +85,7 @@ stored = load_dataset({name!r}, split="train")
 dataset = stored.map(decode_condensed, batched=True, fn_kwargs={settings})
 ```
 
-With timm: `dataopt train hfds/{name} --val-dataset ...`. Networks were trained on pixels in [0, 1], normalised with the
+{timm}Networks were trained on pixels in [0, 1], normalised with the
 mean {_short(record["mean"])} and the standard deviation {_short(record["std"])} of each channel."""
 
 

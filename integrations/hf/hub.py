@@ -126,6 +126,11 @@ def card(title: str, body: str, tags: Sequence[str], base: str | None) -> str:
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{body}"))
 
 
+def full_id(repo_id: str, token: str | bool | None = None) -> str:
+    """With the user's name before a bare name, as the Hub takes it when it makes a repository; others stay."""
+    return repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
 def push(
     write: Callable[[Path], None],
     repo_id: str,

@@ -32,7 +32,8 @@ class CondensedDataModule(LightningDataModule):
     Args:
         source: repository id, or a folder that was published to or that ``Condensed.save`` wrote.
         val, test: data sets of (image, class id), or of rows with ``image`` and ``label`` as those of Hugging Face;
-            images PIL or (C, H, W), uint8 or floating in [0, 1], in the size of the condensed ones and not normalised.
+            images PIL, tensors (C, H, W) or arrays (H, W, C), uint8 or floating in [0, 1], in the size of the condensed
+            ones and not normalised.
         batch_size: of all three.
         repeats: how many times an epoch passes over the images, which are few.
         augment: training images by random colour, crop and so on, as :func:`evaluate` does by default.
@@ -156,7 +157,7 @@ class _Pixels(Dataset):
         row = self.dataset[index]
         image, label = (row["image"], row["label"]) if isinstance(row, Mapping) else row
         x = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-        if not isinstance(image, Tensor):  # PIL: rows, columns, channels
+        if not isinstance(image, Tensor):  # of PIL or an array: rows, columns, channels
             x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         if tuple(x.shape) != self.shape:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .core.artifacts import write_whole
 from .core.condense import Condensed, Condenser, ConvNet, RealData, ResNet10, ResNetAP10, Scores, evaluate
+from .core.condense.evaluate import BASELINES
 from .devices import find_device
 from .images import find_images, read_images
 from .integrations.hf import hub
@@ -226,7 +227,11 @@ def evaluate_folder(
             device=place, **more,
         )  # fmt: skip
 
-    scores = evaluated(condensed)
+    baselines: tuple[str, ...] = BASELINES
+    if condensed.made["init"] == "herding" and chosen[0] != own:
+        baselines = ("random", "herding")
+        print(f"No row of the start, which herding chose with {own.name}: it wants --network {own.name} first.\n")
+    scores = evaluated(condensed, baselines=baselines)
     rounded = [replace(row, data=PNG_ROW) for row in evaluated(as_png(condensed), baselines=()).rows]
     scores = replace(scores, rows=(*scores.rows, *rounded))
     print(f"{len(held):,} test images; accuracy after the last step, mean and spread over {_seeds(seeds)}:\n")
@@ -248,6 +253,12 @@ def read(data: datasets.Dataset, record: dict[str, Any], names: Sequence[str]) -
     images = read_images(data, record["input_column"], record["size"], record.get("grey"))
     if not record["hold_out"]:
         return Pictures(images, labels, images[:0], labels[:0])
+    single = [name for name, count in zip(names, labels.bincount().tolist(), strict=False) if count == 1]
+    if single:
+        raise ValueError(
+            f"the class {single[0]!r:.60} has one image, which --hold-out cannot both keep out and condense; leave the "
+            "class out, or test on other images"
+        )
     kept, held = RealData(images, labels).split(record["hold_out"], torch.Generator().manual_seed(_HELD_SEED))
     kept, held = kept.sort().values, held.sort().values
     return Pictures(images[kept], labels[kept], images[held], labels[held])
@@ -360,9 +371,7 @@ def _test_source(record: dict[str, Any], test: str | None, split: str | None) ->
                 "or condense with --hold-out 0.2"
             )
         return {**source, "split": split}
-    found = find_source(test, split, None, None)
-    if split is None and "test" in split_names(found):
-        found["split"] = "test"
+    found = find_source(test, split, None, None, usual="test", option="--test-split")
     if found == source:
         raise ValueError(f"--test {test} is what was condensed; give other images, or --test-split")
     return found

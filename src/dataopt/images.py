@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ def find_images(data: datasets.Dataset, column: str | None) -> str:
     """The column of images: the one that is named, or the only one.
 
     Raises:
-        ValueError: none or several, or a column of something else.
+        ValueError: none or several, or a column of something else than images, their paths or their bytes.
     """
     found = [name for name, f in data.features.items() if isinstance(f, datasets.Image)]
     if column is None:
@@ -29,12 +31,20 @@ def find_images(data: datasets.Dataset, column: str | None) -> str:
         raise ValueError(
             f"--input-column {column} is not among the columns {', '.join(data.column_names)}; name one of them"
         )
-    if column not in found:
+    if column not in found and not _may_hold_images(data.features[column]):
         raise ValueError(
-            f"--input-column {column} holds {data.features[column]}, not images; cast it to datasets.Image (sounds: "
-            "make spectrograms of them)"
+            f"--input-column {column} holds {data.features[column]}, where images, paths to images or their bytes are "
+            "read (of sounds make spectrograms)"
         )
     return column
+
+
+def _may_hold_images(feature: Any) -> bool:
+    """Whether texts or bytes, which CSV, JSON and plain parquet files hold, can be cast to images."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    kinds = ("string", "large_string", "binary", "large_binary")
+    return isinstance(feature, datasets.Value) and feature.dtype in kinds
 
 
 def read_images(data: datasets.Dataset, column: str, size: int | None, grey: bool | None = None) -> Tensor:

@@ -20,13 +20,31 @@ from huggingface_hub.errors import HFValidationError
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
-def find_source(name: str, split: str | None, config: str | None, revision: str | None) -> dict[str, Any]:
+def find_source(
+    name: str,
+    split: str | None,
+    config: str | None,
+    revision: str | None,
+    *,
+    usual: str = "train",
+    option: str = "--split",
+) -> dict[str, Any]:
     """What a data set's name means: a file, saved data, a folder or a Hub repository, and which split.
 
+    Args:
+        usual: the split of several where ``split`` is None. option: that gives another, for the message.
+
     Raises:
-        ValueError: several splits and none of them named or called train, or a revision of local data.
+        ValueError: several splits and none of them named or called as usual, or a revision of local data.
         OSError: neither here nor on the Hub.
     """
+
+    def chosen(names: Sequence[str]) -> str:
+        wanted = split or (names[0] if len(names) == 1 else usual)
+        if wanted not in names:
+            raise ValueError(f"{name} has the splits {', '.join(names)}; give one of them with {option}")
+        return wanted
+
     path = Path(name)
     if path.exists() and revision is not None:
         raise ValueError(f"--revision {revision} is for the Hub and {name} is here; leave it out")
@@ -36,10 +54,10 @@ def find_source(name: str, split: str | None, config: str | None, revision: str 
         return {"kind": "disk", "name": os.fspath(path.resolve())}
     if path.is_dir() and (path / "dataset_dict.json").exists():
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        return {"kind": "disk", "name": os.fspath(path.resolve()), "split": _one_split(name, names, split)}
+        return {"kind": "disk", "name": os.fspath(path.resolve()), "split": chosen(names)}
     if path.is_dir():
         names = datasets.get_dataset_split_names(os.fspath(path.resolve()), config)
-        split = _one_split(name, names, split)
+        split = chosen(names)
         return {"kind": "folder", "name": os.fspath(path.resolve()), "config": config, "split": split}
     try:
         revision = HfApi().dataset_info(name, revision=revision).sha  # so that it is found again as it is now
@@ -48,16 +66,8 @@ def find_source(name: str, split: str | None, config: str | None, revision: str 
             f"{name!r} is no file, no folder and no name of a data set on the Hub; give one of them"
         ) from e
     names = datasets.get_dataset_split_names(name, config, revision=revision)
-    split = _one_split(name, names, split)
+    split = chosen(names)
     return {"kind": "hub", "name": name, "config": config, "revision": revision, "split": split}
-
-
-def _one_split(name: str, names: Sequence[str], split: str | None) -> str:
-    if split is None:
-        split = names[0] if len(names) == 1 else "train"
-    if split not in names:
-        raise ValueError(f"{name} has the splits {', '.join(names)}; give one of them with --split")
-    return split
 
 
 def split_names(source: Mapping[str, Any]) -> list[str]:
@@ -98,7 +108,8 @@ def _load(source: Mapping[str, Any]) -> datasets.Dataset:
         builder = _BUILDERS.get(Path(files[0]).suffix.lower())
         if builder is None:
             raise ValueError(f"{files[0]} is of no known format; give one of {', '.join(_BUILDERS)}")
-        loaded = datasets.load_dataset(builder, data_files=files, split=split or "train")
+        more = {"sep": "\t"} if Path(files[0]).suffix.lower() == ".tsv" else {}
+        loaded = datasets.load_dataset(builder, data_files=files, split=split or "train", **more)
     elif kind == "folder":
         loaded = datasets.load_dataset(os.fspath(Path(name).resolve()), source.get("config"), split=split)
     elif kind == "hub":

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from dataopt.core.condense import Condensed, MultiFormation
@@ -28,7 +29,7 @@ def test_decodes_as_its_formation():
     normal, _ = c.decode(normalised=True)
     torch.testing.assert_close(normal[:, 2], (x[:, 2] - 0.3) / 0.25)
     with pytest.raises(ValueError, match="needs mean and std"):
-        some(mean=None).decode(normalised=True)
+        some(mean=None, std=None).decode(normalised=True)
     assert c.images.numel() == 4 * 3 * 8 * 8  # storage does not grow with the factor
 
 
@@ -139,3 +140,18 @@ def test_bad_values(changes, message):
 def test_repr_is_one_line():
     c = Condensed(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), factor=2)
     assert repr(c) == "Condensed(2 x 1 x 8 x 8, 2 classes, factor=2, axes='space', mode='single')"
+
+
+def test_a_mean_without_a_deviation_is_refused_and_arrays_become_numbers(tmp_path):
+    with pytest.raises(ValueError, match="go together; give both or neither"):
+        some(std=None)
+    some(mean=np.array([0.1, 0.2, 0.3], np.float32)).save(tmp_path)
+    assert Condensed.load(tmp_path).mean == pytest.approx((0.1, 0.2, 0.3))
+
+
+def test_a_record_of_another_kind_is_neither_replaced_nor_called_damaged(tmp_path):
+    (tmp_path / "condensed.json").write_text('{"kind": "published thing", "version": 1}')
+    for call in (lambda: some().save(tmp_path), lambda: Condensed.load(tmp_path)):
+        with pytest.raises(ValueError, match="of a published thing"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["condensed.json"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,6 +243,25 @@ def batch_norm_net():
     return nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
 
 
+class Idle(nn.Module):
+    """With a parameter that nothing depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.idle = tiny_net(), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Named(Idle):
+    """Gives a record, as transformers do, and asserts its size, as timm does."""
+
+    def forward(self, x):
+        assert x.shape[-1] != 16, "Input width (16) doesn't match model (8)"
+        return {"logits": self.body(x)}
+
+
 def flat_net():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
 
@@ -266,8 +286,12 @@ BAD_DATA = {
     "one mean": ({"mean": (0,), "std": (1,)}, X, Y, ValueError, r"one number a channel \(3\)"),
     "names": ({}, X, Y, ValueError, "label_names has 2 names for the 3 classes"),
     "class without images": ({}, X[Y < 2], Y[Y < 2], ValueError, "label_names has 3 names .*: 'c' has no image"),
+    "idle": ({"model_fn": Idle}, X, Y, ValueError, "do not depend on its idle.weight; give a network without"),
+    "record": ({"model_fn": Named}, X, Y, ValueError, "network gives dict for 4 images; give logits"),
+    "asserted": ({"model_fn": Named}, X.repeat(1, 1, 1, 2), Y, ValueError, r"does not take .*\(Input width \(16\)"),
+    "mean alone": ({"mean": (0.5,) * 3}, X, Y, ValueError, "go together; give both or neither"),
     "one value a channel": (
-        {"model_fn": batch_norm_net, "factor": 1}, X, Y, ValueError, "does not take the 1 images of a class"),
+        {"model_fn": batch_norm_net, "factor": 1}, X, Y, ValueError, "does not take 1 images of a class"),
     "diverging": ({"network_lr": 1e30, "steps": 60}, X, Y, ValueError, "the matching loss is (nan|inf) at step"),
 }  # fmt: skip
 
@@ -279,6 +303,14 @@ def test_bad_data(name, tmp_path):
     with pytest.raises(error, match=message):
         Condenser(**GOOD | settings).fit(x, y, label_names=names, resume=tmp_path / "state", progress=False)
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_numpy_scalars_are_settings():
+    settings = {"cutmix": np.float32(0.25), "seed": np.int64(3), "lr": np.float32(0.01), "factors": (np.int64(1),)}
+    augment = Augment(colour=np.bool_(True), crop=np.float32(0.125), cutout=np.float64(0.5))
+    found = Condenser(**GOOD | settings, augment=augment, mean=np.zeros(3), std=np.ones(3), steps=1)
+    made = found.fit(X, Y, progress=False).made
+    assert (made["cutmix"], made["seed"], made["augment"]["crop"]) == (0.25, 3, 0.125)
 
 
 def test_half_precision_images():

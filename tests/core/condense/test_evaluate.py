@@ -102,6 +102,9 @@ def test_herding_keeps_the_mean():
         ({"train": (TRAIN[0].flip(2), TRAIN[1])}, "train has the checksum .* the condensed set was made from"),
         ({"train": made(classes=2)}, r"train has 2 classes of \(3, 8, 8\), the condensed set 3 of"),
         ({"test": (TEST[0], TEST[1][:3])}, "labels has the shape"),
+        ({"test": (TEST[0], TEST[1] + 1)}, "class ids up to 3, train images of .* class ids up to 2"),
+        ({"test": (TEST[0][:, :, :4], TEST[1])}, r"test has images of \(3, 4, 8\)"),
+        ({"model_fn": {"small": tiny_net, "narrow": lambda: tiny_net(classes=2)}}, r"gives \(2, 2\) for 2 images"),
     ],
 )
 def test_bad_arguments(condensed, settings, message):

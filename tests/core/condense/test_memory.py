@@ -9,6 +9,7 @@ from dataopt.core.condense import (
     ExemplarMemory,
     MultiFormation,
     RealData,
+    evaluate,
     initial,
     initial_images,
 )
@@ -77,6 +78,10 @@ def test_other_methods_store_as_much_and_are_the_baselines(arriving, method):
     init, form = ("centres", MultiFormation(2)) if method == "init" else (method, MultiFormation(1))
     chosen = initial_images(data, 2, init, form, torch.Generator().manual_seed(5), network)
     assert torch.equal(memory.stored.images[:4], chosen)
+    first = ExemplarMemory(recipe(), method).add(images, (labels == 4).long())
+    double = evaluate(first, (data.images, data.labels), (data.images, data.labels), lambda: network().double(),
+                      seeds=(0,), steps=1, progress=False)  # fmt: skip
+    assert [row.data for row in double.rows] == ["condensed", "random", "herding", "init"]
     if method != "init":  # real images, each of its own class
         pool = {tuple(x.flatten().tolist()): int(y) for part in arriving for x, y in zip(*part, strict=True)}
         found = [pool[tuple(x.flatten().tolist())] for x in memory.stored.images]

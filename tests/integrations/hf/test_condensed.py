@@ -168,6 +168,28 @@ def test_another_record_in_the_folder_is_kept(tmp_path):
     assert (tmp_path / "project/README.md").read_text() == "Words of mine."
 
 
+def test_other_parquet_files_in_the_folder_stay(tmp_path):
+    theirs = [
+        tmp_path / name for name in ("train-00000-of-00001.parquet", "exact-mine.parquet", "condensed-1.safetensors")
+    ]
+    for path in theirs:
+        path.write_bytes(b"of mine")
+    save_condensed(condensed(2), tmp_path)
+    save_condensed(condensed(3), tmp_path)
+    assert all(path.read_bytes() == b"of mine" for path in theirs)
+    assert len(list(tmp_path.glob("*.parquet"))) == 4
+
+
+def test_what_was_published_is_not_saved_over(tmp_path):
+    save_condensed(condensed(2), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="of a dataopt condensed data set; give another folder"):
+        condensed(3).save(tmp_path)
+    with pytest.raises(ValueError, match="which load_condensed and read_condensed read"):
+        Condensed.load(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_a_kill_leaves_the_old_data_set_or_the_new(tmp_path, monkeypatch):
     old, new = condensed(1), condensed(2)
     save_condensed(old, tmp_path)
@@ -412,7 +434,7 @@ while len(failed) < 5 and kind(push_condensed, first, "me/set", private=True) !=
 url = push_condensed(first, "me/set", scores=SCORES, licence="mit", source="me/source", commit_message="again")
 old = api.repo_info("me/set", repo_type="dataset").sha
 push_condensed(second, "me/set")
-push_condensed(condensed(2, 2), "me/set2", png=False)
+push_condensed(condensed(2, 2), "set2", png=False)  # a bare name is the user's own
 push_condensed(grey, "me/grey")
 never = kind(push_condensed, condensed(2, 2), "me/never"), api.repo_exists("me/never", repo_type="dataset")
 data = {"repo_id": "me/broken", "repo_type": "dataset"}
@@ -441,6 +463,7 @@ got = {
     "no revision": kind(load_condensed, "me/set", revision="nothing"),
     "none": kind(load_condensed, "me/plain"),
     "plain": kind(push_condensed, first, "me/plain"),
+    "bare": kind(push_condensed, first, "plain"),
     "plain files": files("me/plain"),
     "not mine": kind(push_condensed, first, "other/set"),
     "public": kind(push_condensed, first, "me/grey", private=True),
@@ -466,6 +489,7 @@ print(json.dumps(got))
     assert got["no revision"].startswith("RevisionNotFoundError")
     assert got["none"].startswith("FileNotFoundError: 'me/plain' holds no condensed data set")
     assert got["plain"].startswith("ValueError: me/plain holds rows.csv and is no condensed data set")
+    assert got["bare"] == got["plain"]
     assert got["plain files"] == [".gitattributes", "rows.csv"]
     assert "403" in got["not mine"]
     assert got["public"].startswith("ValueError: me/grey is public and private=True")
