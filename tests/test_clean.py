@@ -1,5 +1,6 @@
 """``dataopt clean``: pictures, saved data and files, through small models, to the folder that review reads."""
 
+import dataclasses
 import hashlib
 import html
 import io
@@ -11,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from dataopt import clean_report
+from dataopt import clean, clean_report
 from dataopt.cli import app
-from dataopt.core.relation import find_issues
+from dataopt.core.relation import RelationGraph, find_issues
 from dataopt.integrations.hf import hub as records
 from dataopt.integrations.hf.features import model_outputs
 from dataopt.items import items_table
@@ -112,6 +113,29 @@ def test_review_reads_and_exports_the_folder(cleaned, tmp_path):
     assert done.rows == 120 and (tmp_path / "train.parquet").exists()
 
 
+def test_the_worst_of_each_kind_are_shown_where_there_are_many(reviews, text_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(clean, "_SHOWN", 2)
+
+    def with_outliers(*args, **options):
+        """Those of the data, and rows 5 to 7 as outliers."""
+        issues = find_issues(*args, **options)
+        wrong, far = issues.is_label_issue.clone(), issues.is_outlier_issue.clone()
+        wrong[5:8], far[5:8] = False, True
+        suspects = torch.cat([wrong.nonzero().squeeze(1), torch.arange(5, 8)])
+        relations = RelationGraph(*args[:3]).relations(suspects, 4)
+        flags = {"is_label_issue": wrong, "is_outlier_issue": far}
+        return dataclasses.replace(issues, **flags, suspects=suspects, relations=relations)
+
+    monkeypatch.setattr(clean, "find_issues", with_outliers)
+    out = tmp_path / "out"
+    result = run(reviews, "--model", text_model, "--out", out, "--probs", "out-of-fold")
+    assert result.exit_code == 0, result.output
+    assert "Note: only the worst 2 of a kind have pictures and neighbours" in result.output
+    assert set(pd.read_parquet(out / "relations.parquet")["row"]) >= {5, 6}
+    folder = read_folder(out)
+    assert {5, 6} <= set(folder.suspects.tolist())
+
+
 def test_pictures_of_a_folder_and_several_checkpoints(tmp_path):
     rng = np.random.default_rng(0)
     for row in range(90):
@@ -178,6 +202,10 @@ def test_items_are_small_and_playable():
     as_file = items_table(data, ["sound"], "audio", torch.tensor([0]), np.array([0]))
     assert as_file["media"][0] == file and as_array["media"][0][:4] == b"RIFF"
     assert as_array["media_type"][0] == as_file["media_type"][0] == "audio/wav"
+    minute = tiny.wav(np.tile(tone, 60), 8000)
+    data = datasets.Dataset.from_dict({"sound": [minute]})
+    cut = items_table(data, ["sound"], "audio", torch.tensor([0]), np.array([0]))["media"][0]
+    assert len(minute) > 2**19 and len(cut) == 44 + 2 * 10 * 8000  # its first ten seconds
     long = datasets.Dataset.from_dict({"a": ["x" * 9000], "b": ["second"]})
     text = items_table(long, ["b", "a"], "text", torch.tensor([0]), np.array([0]))["text"][0]
     assert text.startswith("second\n\nxxx") and len(text) == 4004

@@ -191,6 +191,32 @@ def test_undo_walks_back_through_everything(tmp_path):
     assert undone == [1, 1, 2, 1] and store.all() == {}
 
 
+def test_a_row_decided_many_times_keeps_a_history_that_grows_with_it(tmp_path):
+    store = Decisions(tmp_path / "d.sqlite")
+    for i in range(200):
+        store.decide(1, 0, ("keep", "drop")[i % 2])
+    again = store.decide(1, 0, "drop")
+    assert again == store.get(1)  # nothing new: nothing to take back
+    (size,) = store._db.execute("SELECT length(before) FROM decisions").fetchone()
+    assert size < 200 * 100
+    for i in range(199, 0, -1):
+        assert store.undo() == 1 and store.get(1).action == ("keep", "drop")[(i - 1) % 2]
+    assert store.undo() == 1 and store.get(1) is None
+
+
+def test_histories_as_they_were_kept_at_first_are_undone(tmp_path):
+    store = Decisions(tmp_path / "d.sqlite")
+    first = [1, "keep", None, 0, "then", 1, None]
+    second = [1, "drop", None, 0, "then", 2, json.dumps(first)]
+    third = (1, "relabel", 2, 0, "then", 3, json.dumps(second))
+    store._db.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?)", third)
+    found = []
+    while store.get(1) is not None:
+        found.append(store.get(1).action)
+        store.undo()
+    assert found == ["relabel", "drop", "keep"]
+
+
 @pytest.mark.parametrize(
     ("action", "label"), [("burn", None), ("keep", 1), ("drop", 0), ("relabel", None), ("relabel", 0)]
 )

@@ -92,7 +92,8 @@ def find_issues(
     Args:
         features: (n, d). probs: (n, C). labels: (n,) class ids.
         top: neighbours of each kind to keep for a suspect.
-        partitions, device, resume, progress: as in :class:`RelationGraph`.
+        partitions, device, resume, progress: as in :class:`RelationGraph`; near-duplicates are looked for among all
+            rows, in parts or not.
 
     Raises:
         TypeError, ValueError: as :class:`RelationGraph`.
@@ -126,7 +127,7 @@ def find_issues(
     log = similarity.log()
     low, high = np.quantile(log.numpy(), (0.25, 0.75))
     is_outlier_issue = log < low - _FAR * (high - low)
-    twins = near_duplicates(features, device=device)
+    twins = near_duplicates(features, device=device, progress=progress)
 
     outliers = (is_outlier_issue & ~is_label_issue).nonzero().squeeze(1)
     suspects = torch.cat([worst, outliers[similarity[outliers].argsort(stable=True)]])

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..arguments import check_numbers
 from .checks import as_features, chunks
 from .pairs import unit
+from .sums import bar_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class NearDuplicates:
     is_issue: Tensor
 
 
-def near_duplicates(features: Any, threshold: float = 0.13, device: torch.device | str | None = None) -> NearDuplicates:
+def near_duplicates(
+    features: Any,
+    threshold: float = 0.13,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> NearDuplicates:
     """Rows nearer to another row than ``threshold`` times the median of such distances; cleanlab's rule.
 
     All pairs are compared, a few thousand rows at a time; nothing is copied whole.
@@ -39,6 +45,7 @@ def near_duplicates(features: Any, threshold: float = 0.13, device: torch.device
         features: (n, d) finite, n of at least two.
         threshold: share of the median.
         device: where to compute; None is where ``features`` are.
+        progress: a bar; None shows one on a terminal.
 
     Raises:
         ValueError: one row, a negative threshold, or features that are none.
@@ -59,17 +66,19 @@ def near_duplicates(features: Any, threshold: float = 0.13, device: torch.device
         best[better + rows.start] = values[better]
         nearest[better + rows.start] = dots[better].argmax(1) + first
 
-    for rows in chunks(n):  # a pair is computed once, and tells both of its rows
-        a = unit(x[rows]).to(place)
-        for columns in chunks(n):
-            if columns.start < rows.start:
-                continue
-            dots = a @ unit(x[columns]).to(place).T
-            if rows == columns:
-                dots.fill_diagonal_(-2.0)
-            else:
-                offer(columns, dots.T, rows.start)
-            offer(rows, dots, columns.start)
+    with bar_of(n * n, progress, "near-duplicates", "pair") as bar:
+        for rows in chunks(n):  # a pair is computed once, and tells both of its rows
+            a = unit(x[rows]).to(place)
+            for columns in chunks(n):
+                if columns.start < rows.start:
+                    continue
+                dots = a @ unit(x[columns]).to(place).T
+                if rows == columns:
+                    dots.fill_diagonal_(-2.0)
+                else:
+                    offer(columns, dots.T, rows.start)
+                offer(rows, dots, columns.start)
+                bar.update(dots.numel() * (1 if rows == columns else 2))
     nearest = nearest.cpu()
     # 1 - cosine of unit rows, from their difference: exact where it is small
     distance = torch.cat(

@@ -119,10 +119,10 @@ def pair_sums(
     return Sums(result[0, :n].clone(), result[1, :n].clone(), float(result[0, n]) / n**2)
 
 
-def bar_of(total: int, progress: bool | None) -> tqdm[Any]:
-    """A bar over rows; None shows it on a terminal only."""
+def bar_of(total: int, progress: bool | None, what: str = "relations", unit: str = "row") -> tqdm[Any]:
+    """A bar; None shows it on a terminal only."""
     disable = None if progress is None else not progress
-    return tqdm(total=total, desc="relations", unit="row", disable=disable)
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit != "row", disable=disable)
 
 
 def _run(work: Callable[[int], None], lanes: range, threads: int, stopped: threading.Event) -> None:

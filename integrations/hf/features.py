@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from dataopt.core.arguments import check_choice
 from dataopt.core.tensor_file import load_tensors, save_tensors
 from dataopt.integrations.heads import Tap, unwrapped
 from dataopt.integrations.saliency_maps import weights_digest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import MODEL_MAPPING, PreTrainedModel
@@ -23,6 +25,7 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 from .inputs import Inputs, check_dataset, find_inputs, read_labels
 
 _SHARD = 2048  # rows of a saved file, about
+_UNNAMED = re.compile(r"LABEL_\d+")  # of transformers, for classes without names
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def model_outputs(
 
     The model runs in evaluation mode without gradients; its training flags and its device are restored. Texts are read
     in the order of their length. Where the data set and ``model.config`` name the same classes in different orders, the
-    probabilities follow the data set's; other labels are matched by number.
+    probabilities follow the data set's; other labels are matched by number. Texts among which a named class of the
+    model is missing are refused, as nothing says which is which; names of a ``ClassLabel`` get a warning.
 
     Args:
         dataset: one split, with texts, PIL images, or sounds (``datasets.Audio``, ``{"array", "sampling_rate"}``, or a
@@ -107,8 +111,12 @@ def model_outputs(
         raise ValueError(
             f"{type(unwrapped(model)).__name__} makes no class probabilities; give a classifier, or probs='out-of-fold'"
         )
+    if int(labels.min()) < 0:
+        row = int((labels < 0).nonzero()[0])
+        raise ValueError(f"label_column={label_column!r} holds {int(labels[row])} in row {row}; give class ids from 0")
     if probs == "model":
-        _check_classes(model, labels, names)  # before the long pass where the model tells its classes
+        texts = names is not None and not isinstance(dataset.features[label_column], ClassLabel)
+        _check_classes(model, labels, names, texts)  # before the long pass where the model tells its classes
     store = None if out_dir is None else _Store(Path(out_dir), outputs_key(dataset, model, inputs, batch_size, head))
     features, made = _run(inputs, model, labels, batch_size, head, encoder, device, store, progress)
     if probs == "out-of-fold":
@@ -300,7 +308,8 @@ def _encoded(model: nn.Module, batch: dict[str, Tensor], modality: str) -> Tenso
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _model_names(model: nn.Module) -> tuple[str, ...] | None:
+def model_names(model: nn.Module) -> tuple[str, ...] | None:
+    """Of its classes, as ``config.id2label`` has them; None where it has none."""
     named = getattr(getattr(unwrapped(model), "config", None), "id2label", None)
     return tuple(str(named[i]) for i in sorted(named)) if named else None
 
@@ -315,10 +324,29 @@ def _order(given: tuple[str, ...] | None, known: tuple[str, ...] | None) -> list
     return [place[name.lower()] for name in given]
 
 
-def _check_classes(model: nn.Module, labels: Tensor, names: tuple[str, ...] | None) -> None:
-    known = _model_names(model)
-    if known is not None:
-        _refuse_other_classes(len(known), _order(names, known), labels, names)
+def _check_classes(model: nn.Module, labels: Tensor, names: tuple[str, ...] | None, texts: bool) -> None:
+    known = model_names(model)
+    count = len(known) if known is not None else getattr(unwrapped(model), "num_classes", None)  # of timm
+    order = _order(names, known)
+    if isinstance(count, int) and count > 0:
+        _refuse_other_classes(count, order, labels, names)
+    if order is not None or names is None or known is None:
+        return
+    if texts:
+        raise ValueError(
+            f"the labels are texts ({_few(names)}) and the model calls its classes {_few(known)}, so that nothing says "
+            "which is which; set model.config.id2label to these texts, cast the column to a ClassLabel whose names "
+            "stand in the model's order, or give probs='out-of-fold'"
+        )
+    if not all(_UNNAMED.fullmatch(name) for name in known):
+        warnings.warn(
+            f"The labels are called {_few(names)} and the model's classes {_few(known)}; they are matched by number",
+            stacklevel=3,
+        )
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _refuse_other_classes(count: int, order: list[int] | None, labels: Tensor, names: tuple[str, ...] | None) -> None:
@@ -333,7 +361,7 @@ def _refuse_other_classes(count: int, order: list[int] | None, labels: Tensor, n
 def _aligned(
     probs: Tensor, model: nn.Module, labels: Tensor, names: tuple[str, ...] | None
 ) -> tuple[Tensor, tuple[str, ...]]:
-    count, known = probs.shape[1], _model_names(model)
+    count, known = probs.shape[1], model_names(model)
     order = _order(names, known)
     _refuse_other_classes(count, order, labels, names)
     if order is not None:

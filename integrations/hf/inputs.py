@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from . import audio, fingerprint
 
 _PARTS = {"text": "tokenizer", "image": "image_processor", "audio": "feature_extractor"}  # of a processor of several
+_DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes of more than 8 bits
 _NO_LIMIT = 10**6  # tokenizers without a length limit say 1e30
 
 
@@ -78,6 +79,11 @@ class Inputs:
                         "leave the row out or cast the column"
                     )
         if self.modality == "image":
+            for row, image in zip(rows, columns[0], strict=True):
+                if image.mode in _DEEP:
+                    raise ValueError(
+                        f"row {row} is an image of mode {image.mode}, which is more than 8 bits hold; convert it first"
+                    )
             columns = [[image.convert("RGB") for image in images] for images in columns]
         if self.modality == "audio":
             columns = [[_sound(value, row) for value, row in zip(columns[0], rows, strict=True)]]
@@ -145,6 +151,8 @@ def _modality(rows: Dataset, column: str, processor: Any) -> str:
         return "image"
     if isinstance(feature, Audio):
         return "audio"
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        return "text"
     first = rows[0][column]
     if isinstance(first, dict) and first.keys() & {"array", "bytes"}:
         return "audio"
@@ -161,7 +169,8 @@ def _by_processor(processor: Any, modality: str, model: nn.Module) -> Callable[[
             "the input column holds no texts, images or sounds that processor= could read; cast it, or give transform="
         )
     part = getattr(processor, _PARTS[modality], None) or processor
-    takes = set(inspect.signature(unwrapped(model).forward).parameters)
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    takes = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
     def prepare(columns: list[list[Any]]) -> dict[str, Tensor]:
         if modality == "text":
@@ -175,7 +184,7 @@ def _by_processor(processor: Any, modality: str, model: nn.Module) -> Callable[[
             pad = {"padding": True} if padding is not None and padding.default is False else {}  # others have their own
             sounds = [audio.resampled(sound, rate) for sound in columns[0]]
             made = part(sounds, sampling_rate=rate, return_tensors="pt", **pad)
-        return {name: value for name, value in made.items() if name in takes}
+        return {name: value for name, value in made.items() if not takes or name in takes}  # PEFT takes anything
 
     return prepare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from .features import model_outputs, outputs_key
+from .features import model_names, model_outputs, outputs_key
 from .inputs import check_dataset, find_inputs, read_labels
 from .scores import TYPES, as_table, check_rows
 
@@ -73,7 +74,8 @@ def add_relation_scores(
         raise ValueError(f"the columns {there} are already there; remove_columns({there}) first")
     _, names = read_labels(dataset, label_column)
     inputs = find_inputs(dataset, model, input_column, processor, transform)
-    settings = [outputs_key(dataset, model, inputs, batch_size, head), label_column, probs, top]
+    made_by = [model_names(model), importlib.metadata.version("dataopt")]
+    settings = [outputs_key(dataset, model, inputs, batch_size, head), label_column, probs, top, *made_by]
 
     found: list[tuple[pd.DataFrame, dict[int, list[dict[str, Any]]]]] = []
 
@@ -177,7 +179,9 @@ def clean_dataset(
     if "near_duplicate" in issues:
         dropped = dropped | _later_copies(flagged("near_duplicate"), table["nearest_neighbor"].to_numpy(), dropped)
     if action == "relabel" and wrong.any():
+        shown = dataset.format
         dataset = _relabelled(dataset, label_column, labels.numpy(), table["predicted_label"].to_numpy(), wrong, names)
+        dataset.set_format(shown["type"], shown["columns"], shown["output_all_columns"], **shown["format_kwargs"])
     _logger.info("Cleaning: %d of %d rows dropped, %d labels looked at", dropped.sum(), len(dropped), wrong.sum())
     return dataset.select(np.flatnonzero(~dropped))
 

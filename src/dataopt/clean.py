@@ -30,7 +30,7 @@ from .sources import find_labels, find_source, labels_hash, load_source, write_p
 
 KIND, VERSION = "dataopt-clean", 1
 _MAP = 400  # neighbours of a suspect in the relation map, at most
-_SHOWN = 3000  # suspects with pictures and neighbours, at most; all rows have scores
+_SHOWN = 3000  # label issues, outliers and near-duplicates with pictures and neighbours; all rows have scores
 
 
 def main(
@@ -113,8 +113,11 @@ def write_folder(
             resume=out / WORK / "sums",
         )
     table = found.to_pandas().rename_axis("index").reset_index()
-    suspects = found.suspects[:_SHOWN]
-    relations = _relations_table(found, suspects, last.features)
+    _parquet(out / "scores.parquet", table)
+    wrong = found.is_label_issue[found.suspects]
+    shown = torch.cat([kind.nonzero().squeeze(1)[:_SHOWN] for kind in (wrong, ~wrong)])  # the worst of each
+    suspects = found.suspects[shown]
+    relations = _relations_table(found, shown, last.features)
     cleaned = clean_dataset(
         data, found, settings["action"], label_column=label_column, issues=tuple(settings["issues"])
     )
@@ -123,8 +126,6 @@ def write_folder(
         np.concatenate([suspects, relations["neighbour"], twins, table["nearest_neighbor"][twins]]).astype(np.int64)
     )
     items = items_table(data, last.input_column, last.modality, last.labels, named)
-
-    _parquet(out / "scores.parquet", table)
     _parquet(out / "relations.parquet", relations)
     _parquet(out / "map.parquet", _map_table(outputs, suspects, partitions, device))
     _parquet(out / "items.parquet", items, row_group_size=64)
@@ -152,6 +153,8 @@ def write_folder(
     write_whole(out / "report.html", clean_report.render(record, out, table, relations, items))
     hub.write_record(out / "record.json", KIND, VERSION, record)
     print(summary(record, table, out))
+    if len(suspects) < len(found.suspects):
+        print(f"Note: only the worst {_SHOWN:,} of a kind have pictures and neighbours; scores.parquet has all rows.")
     for note in notes:
         print(f"Note: {note.message}.")
     return found
@@ -200,10 +203,9 @@ def _unused(value: Any) -> Any:
     raise AssertionError(value)
 
 
-def _relations_table(found: Issues, suspects: Tensor, features: Tensor) -> pd.DataFrame:
-    """One line for each suspect and neighbour, the strongest first."""
-    r = found.relations
-    at = slice(0, len(suspects))
+def _relations_table(found: Issues, at: Tensor, features: Tensor) -> pd.DataFrame:
+    """One line for each suspect and neighbour, the strongest first; ``at`` are places among the suspects."""
+    r, suspects = found.relations, found.suspects[at]
     neighbours = torch.cat([r.agreeing[at], r.conflicting[at]], 1)
     values = torch.cat([r.agreeing_values[at], r.conflicting_values[at]], 1)
     order = values.abs().argsort(dim=1, descending=True, stable=True)

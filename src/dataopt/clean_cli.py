@@ -64,7 +64,11 @@ def clean(
         str, typer.Option(help="Such as cpu or cuda:1; auto takes the first GPU if there is one.")
     ] = "auto",
     partitions: Annotated[
-        int | None, typer.Option(min=1, help="Compare rows within so many random parts only; for very large data.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compare rows within so many random parts only, but for near-duplicates; for very large data.",
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Neighbours to keep for a suspect, of each kind.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in a folder where this was stopped.")] = False,

@@ -18,6 +18,7 @@ from .integrations.hf import audio
 _SIDE = 512  # pixels, of a picture's longer side at most
 _SMALL = 96  # pixels: pictures up to here stay without loss
 _TEXT = 4000  # characters
+_SECONDS, _SOUND_BYTES = 10, 2**19  # of a sound at most
 _SOUNDS = {b"RIFF": "audio/wav", b"fLaC": "audio/flac", b"OggS": "audio/ogg", b"ID3": "audio/mpeg"}
 
 
@@ -63,9 +64,9 @@ def _picture(image: Image.Image) -> tuple[bytes, str]:
 
 
 def _sound(value: Any) -> tuple[bytes, str]:
-    """The file's own bytes where a browser plays them, else 16-bit WAV."""
+    """The file's own bytes where a browser plays them and they are few, else its first seconds as 16-bit WAV."""
     content = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
-    if content:
+    if content and len(content) <= _SOUND_BYTES:
         for start, kind in _SOUNDS.items():
             if content.startswith(start):
                 return content, kind
@@ -75,5 +76,5 @@ def _sound(value: Any) -> tuple[bytes, str]:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)
-        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        file.writeframes((samples[: _SECONDS * rate].clip(-1, 1) * 32767).astype("<i2").tobytes())
     return out.getvalue(), "audio/wav"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .. import plots
 from ..clean import write_folder
 from ..core.relation import Refinement, refine
 from ..integrations.hf.features import model_outputs
+from ..out_folder import WORK
 from .digits import CLASSES, FLIPPED, Digits, flip
 from .step import Step, spread
 
@@ -184,6 +186,7 @@ def _write(digits: Digits, given: Tensor, folder: Path) -> None:
     pictures = [Image.fromarray(((1 - x[0]) * 255).round().byte().numpy()) for x in digits.x]
     data = datasets.Dataset.from_dict({"image": pictures, "label": given.tolist()}, features=features)
     saved = folder / "digits"
+    shutil.rmtree(folder / WORK, ignore_errors=True)  # of an earlier demo, whose network may have been another
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # bars of a moment
         data.save_to_disk(saved)
         data = datasets.load_from_disk(saved)

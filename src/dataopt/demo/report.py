@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -22,7 +23,10 @@ _PACKAGES = (
 
 def about(seeds: int) -> dict[str, Any]:
     """What the run was made with."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # of a step that was not taken
+            versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.date.today().isoformat(),
         "seeds": seeds,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ..core.artifacts import member
 
@@ -77,7 +78,9 @@ class Decisions:
         return Decision(*found) if found else None
 
     def decide(self, row: int, given: int, action: str, label: int | None = None) -> Decision:
-        """Write a decision; an earlier one about the same row is kept inside it, for :meth:`undo`.
+        """Write a decision; earlier ones about the same row are kept beside it, for :meth:`undo`.
+
+        Deciding again what holds already changes nothing.
 
         Raises:
             ValueError: an unknown action, or a label where none belongs, or none where one does.
@@ -89,8 +92,11 @@ class Decisions:
         decision = Decision(row, action, label, given, datetime.now(UTC).isoformat(timespec="milliseconds"))
         with self._errors(), self._transaction():
             earlier = self._db.execute("SELECT * FROM decisions WHERE row = ?", (row,)).fetchone()
+            if earlier is not None and earlier[1:4] == (action, label, given):
+                return Decision(*earlier[:5])
+            history = [] if earlier is None else [*_history(earlier[-1]), earlier[:-1]]
             (step,) = self._db.execute("SELECT coalesce(max(step), 0) + 1 FROM decisions").fetchone()
-            self._put((row, action, label, given, decision.time, step, json.dumps(earlier) if earlier else None))
+            self._put((row, action, label, given, decision.time, step), history)
         return decision
 
     def undo(self) -> int | None:
@@ -100,8 +106,9 @@ class Decisions:
             if newest is None:
                 return None
             row, before = newest
-            if before:
-                self._put(tuple(json.loads(before)))
+            history = _history(before)
+            if history:
+                self._put(history.pop(), history)
             else:
                 self._db.execute("DELETE FROM decisions WHERE row = ?", (row,))
             return row
@@ -109,9 +116,12 @@ class Decisions:
     def close(self) -> None:
         self._db.close()
 
-    def _put(self, values: tuple) -> None:
+    def _put(self, values: Sequence[Any], history: list[Any]) -> None:
         marks = ", ".join("?" * len(_COLUMNS))
-        self._db.execute(f"INSERT OR REPLACE INTO decisions ({', '.join(_COLUMNS)}) VALUES ({marks})", values)
+        self._db.execute(
+            f"INSERT OR REPLACE INTO decisions ({', '.join(_COLUMNS)}) VALUES ({marks})",
+            (*values, json.dumps(history) if history else None),
+        )
 
     def _open_table(self) -> None:
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -142,6 +152,14 @@ class Decisions:
             yield
         except sqlite3.Error as e:
             raise ValueError(f"{self._path} cannot be used ({e}); make it writable, or move it away") from e
+
+
+def _history(before: str | None) -> list[Any]:
+    """What a row was before, oldest first, each without its own history."""
+    found = json.loads(before) if before else []
+    if not found or isinstance(found[0], list):
+        return found
+    return [*_history(found[-1]), found[:-1]]  # as it was kept at first, one inside the other
 
 
 def open_decisions(folder: Path, given: dict[int, int]) -> Decisions:

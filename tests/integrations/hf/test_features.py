@@ -14,6 +14,8 @@ from dataopt.integrations.hf.audio import decode, read_wav, resampled
 from dataopt.integrations.hf.features import out_of_fold
 from dataopt.integrations.saliency_maps import Squash
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
+from peft import LoraConfig, get_peft_model
+from PIL import Image as Picture
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, GPT2Config, GPT2ForSequenceClassification
 
 from . import tiny
@@ -84,6 +86,27 @@ def test_classes_of_the_same_names_are_matched_by_name():
     strings = strings.add_column("label", ["pos" if y else "neg" for y in dataset["label"]])
     c = model_outputs(strings, tiny.text_model(**named), processor=tiny.tokenizer(), input_column="text")
     assert same(b, c) and c.label_names == ("neg", "pos")
+
+
+def test_classes_of_other_names_are_not_matched_in_silence():
+    dataset = tiny.texts(30)
+    texts = dataset.remove_columns("label").add_column("label", ["pos" if y else "neg" for y in dataset["label"]])
+    for named in ({"num_labels": 2}, {"id2label": {0: "yes", 1: "no"}}):
+        with pytest.raises(ValueError, match=r"the labels are texts .*nothing says which is which"):
+            model_outputs(texts, tiny.text_model(**named), processor=tiny.tokenizer(), input_column="text")
+    out = model_outputs(
+        texts, tiny.text_model().base_model, processor=tiny.tokenizer(), input_column="text", probs="out-of-fold"
+    )
+    assert out.label_names == ("neg", "pos")
+    with pytest.warns(UserWarning, match="'neg', 'pos' and the model's classes 'yes', 'no'; they are matched by num"):
+        model_outputs(dataset, tiny.text_model(id2label={0: "yes", 1: "no"}), processor=tiny.tokenizer())
+
+
+def test_an_adapter_without_a_task_gets_its_inputs():
+    model = tiny.text_model(num_labels=2)
+    adapted = get_peft_model(tiny.text_model(num_labels=2), LoraConfig(target_modules=["q_lin"]))
+    a, b = (model_outputs(tiny.texts(6), m, processor=tiny.tokenizer()) for m in (model, adapted))
+    torch.testing.assert_close(a.probs, b.probs)
 
 
 def test_images_through_a_processor_and_through_a_transform():
@@ -309,6 +332,18 @@ def test_errors_name_what_is_wrong(tmp_path):
         run(Dataset.from_dict({"text": ["a", "b"], "label": [0, 7]}))
     with pytest.raises(TypeError, match="input_column='text' holds NoneType in row 1, not text"):
         run(Dataset.from_dict({"text": ["a", None], "label": [0, 1]}))
+    with pytest.raises(TypeError, match="input_column='text' holds NoneType in row 0, not text"):
+        first = Features({"text": Value("string"), "label": Value("int64")})
+        run(Dataset.from_dict({"text": [None, "a"], "label": [0, 1]}, features=first))
+    with pytest.raises(ValueError, match="label_column='label' holds -1 in row 1; give class ids from 0"):
+        run(Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}), probs="out-of-fold")
+    with pytest.raises(ValueError, match="row 1 is an image of mode I;16, which is more than 8 bits hold"):
+        deep = [Picture.fromarray(np.zeros((16, 16), kind)) for kind in (np.uint8, np.uint16)]
+        model_outputs(
+            Dataset.from_dict({"image": deep, "label": [0, 1]}), timm.create_model("test_resnet", num_classes=2)
+        )
+    with pytest.raises(ValueError, match="the model knows 5 classes and the labels are 3"):
+        model_outputs(tiny.images(4), timm.create_model("test_resnet", num_classes=5))
     with pytest.raises(ValueError, match="prints its address"):
         run(processor=None, transform=lambda text: torch.zeros(3, dtype=torch.int64), out_dir=tmp_path)
     with pytest.raises(ValueError, match=r"transform gives inputs of shapes \[\(1,\), \(2,\)\]"):

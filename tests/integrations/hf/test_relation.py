@@ -1,6 +1,7 @@
 """Scores as columns, the data set without what they found, and scores beside the data set, on the Hub too."""
 
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,9 @@ def test_computed_once_per_data_weights_and_settings(digits, tmp_path):
     assert rows_seen(top=3) == 100
     assert rows_seen(probs="out-of-fold") == 100
     assert rows_seen(shift=1.0) == rows_seen(top=3) == rows_seen() == 0
+    with pytest.MonkeyPatch.context() as patch:  # classes of these names stand in another order
+        patch.setattr(Pixels, "config", types.SimpleNamespace(id2label=dict(enumerate("1023456789"))), raising=False)
+        assert rows_seen() == 100
     assert rows_seen(top=4, out_dir=tmp_path / "outputs") == 100
     assert rows_seen(top=5, out_dir=tmp_path / "outputs") == 0
 
@@ -189,6 +193,15 @@ def test_drop_and_relabel(small):
     assert left(issues=("label", "near_duplicate"))[0] == "vwz"
     table["is_label_issue"] = [True, True, False, True, True, False]
     assert left(issues=("label", "near_duplicate"))[0] == "wz"
+
+
+@pytest.mark.parametrize("action", ["drop", "relabel"])
+def test_a_format_that_was_set_stays(small, action):
+    dataset, table = small
+    shouted = dataset.with_transform(lambda batch: {"x": [x.upper() for x in batch["x"]], "label": batch["label"]})
+    assert "".join(row["x"] for row in clean_dataset(shouted, table, action)) in ("UWXYZ", "UVWXYZ")
+    arrays = clean_dataset(dataset.with_format("numpy", columns=["label"], output_all_columns=True), table, action)
+    assert isinstance(arrays[0]["label"], np.integer) and arrays[0]["x"] == "u"
 
 
 def test_labels_as_names_and_as_numbers(small):
