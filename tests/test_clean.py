@@ -202,7 +202,7 @@ def test_items_are_small_and_playable():
     as_file = items_table(data, ["sound"], "audio", torch.tensor([0]), np.array([0]))
     assert as_file["media"][0] == file and as_array["media"][0][:4] == b"RIFF"
     assert as_array["media_type"][0] == as_file["media_type"][0] == "audio/wav"
-    minute = tiny.wav(np.tile(tone, 60), 8000)
+    minute = tiny.wav(np.resize(tone, 60 * 8000), 8000)
     data = datasets.Dataset.from_dict({"sound": [minute]})
     cut = items_table(data, ["sound"], "audio", torch.tensor([0]), np.array([0]))["media"][0]
     assert len(minute) > 2**19 and len(cut) == 44 + 2 * 10 * 8000  # its first ten seconds
