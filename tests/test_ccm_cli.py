@@ -84,6 +84,8 @@ def test_a_stopped_run_goes_on(model, talks, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     refused = run("train", talks, "--model", model, "--out", whole, *TRAIN)
     assert refused.exit_code == 1 and "not empty" in refused.stderr
+    other = run("train", talks, "--model", model, "--out", cut, *TRAIN, "--dtype", "float16", "--resume")
+    assert other.exit_code == 1 and "other values of dtype" in other.output
     other = run("train", talks, "--model", model, "--out", cut, *TRAIN, "--seed", 5, "--resume")
     assert other.exit_code == 1 and "other values of seed" in other.stderr
 

@@ -30,9 +30,7 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.device
+    return next(model.get_input_embeddings().parameters()).device  # ``weight`` of PEFT's trainable tokens is a copy
 
 
 def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:

@@ -43,7 +43,7 @@ def of_model(model: PreTrainedModel) -> Fingerprint:
             if k not in _NO_MATTER | _ROPE and not k.startswith("_") and not k.endswith("_token_id")
         },
         "rope": {k: v for k, v in config.items() if k in _ROPE},
-        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "dtype": str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch."),
         "weights": _weights(model),
     }
 

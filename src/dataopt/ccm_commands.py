@@ -37,6 +37,7 @@ from .integrations.hf import (
     profile_rows,
     reserved_ids,
 )
+from .integrations.hf.ccm.data import first_ids
 from .integrations.hf.ccm.rows import full_context_rows
 from .language_models import Source, read_text
 from .out_folder import WORK, claimed
@@ -102,7 +103,7 @@ def train(
         "dataset": found, "form": form, "column": column, "instruction_column": instruction_column, "options": options,
         "reserved_tokens": reserved_tokens, "multi_query": multi_query, "max_tokens": max_tokens, "steps": steps,
         "full_context_steps": full_context_steps, "batch_size": batch_size, "lr": lr, "distill": distill,
-        "test_rows": test_rows, "seed": seed, "model": source.model,
+        "test_rows": test_rows, "seed": seed, "model": source.model, "revision": source.revision, "dtype": source.dtype,
     }  # fmt: skip
     with claimed(out, arguments, resume, "dataopt ccm train", together=True):
         base, tokenizer = source.load()
@@ -172,12 +173,12 @@ def train(
         "seconds": seconds,
         "rows": len(rows),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "held_out": measured(model, kept, trainer.data_collator, micro_batch) if test_rows else None,
+        "held_out": measured(model, tokenizer, kept, trainer.data_collator, micro_batch) if test_rows else None,
         "versions": {p: importlib.metadata.version(p) for p in ("dataopt", "torch", "transformers", "peft")},
     }
     model.save_pretrained(out)
     if not full_context_steps:
-        write_whole(out / NOTE, json.dumps({"model": source.model}) + "\n")
+        write_whole(out / NOTE, json.dumps({"model": source.model, "revision": source.revision}) + "\n")
     write_whole(out / REPORT, json.dumps(arguments | report, indent=1) + "\n")
     losses = report["losses"]
     print(f"{len(rows):,} rows, {steps} steps in {seconds:.1f} s; loss from {losses[0]:.3f} to {losses[-1]:.3f}")
@@ -250,7 +251,9 @@ def _rows(
 
 
 @torch.no_grad()
-def measured(model: CCMModel, rows: Dataset, collator: Any, batch: int) -> dict[str, dict[str, float]]:
+def measured(
+    model: CCMModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, collator: Any, batch: int
+) -> dict[str, dict[str, float]]:
     """Loss of the answers without context, from the memory, and from the full context; and the pairs of each."""
     sums = {"no context": 0.0, "CCM": 0.0, "full context": 0.0}
     labels, asked, text, slots = 0, 0, 0, 0
@@ -273,9 +276,12 @@ def measured(model: CCMModel, rows: Dataset, collator: Any, batch: int) -> dict[
                 text += len(single["input_ids"]) - length
                 steps = len(before) if model.ccm_config.mode == "concat" else min(1, len(before))
                 slots += row["segment_ids"].count(0) + steps * model.ccm_config.comp_tokens
-                alone = {name: values[-length:] for name, values in single.items()}
-                logits = base(torch.tensor([alone["input_ids"]], device=device)).logits
-                sums["no context"] += float(_loss(logits, torch.tensor([alone["labels"]], device=device)))
+                ids, answer = single["input_ids"][-length:], single["labels"][-length:]
+                begin = single["input_ids"][: row["segment_ids"].count(0)] or first_ids(tokenizer)
+                if len(single["input_ids"]) > length:  # else it is whole
+                    ids, answer = [*begin, *ids], [*[-100] * len(begin), *answer]
+                logits = base(torch.tensor([ids], device=device)).logits
+                sums["no context"] += float(_loss(logits, torch.tensor([answer], device=device)))
     pairs = {"no context": 0.0, "CCM": slots / asked, "full context": text / asked}
     return {name: {"loss": total / labels, "pairs": pairs[name]} for name, total in sums.items()}
 
@@ -305,16 +311,17 @@ def load(adapter: str, asked: Asked) -> tuple[CCMModel, PreTrainedTokenizerBase]
     Raises:
         ValueError: no base model is known, or files that do not fit.
     """
-    name = asked.model
+    name, revision = asked.model, asked.revision
     if name is None:
         folder = hub.find(adapter, [NOTE, f"{BASE}/*", "adapter_config.json"])
         name = str(folder / BASE) if (folder / BASE).is_dir() else None
         for file, key in ((NOTE, "model"), ("adapter_config.json", "base_model_name_or_path")):
             if name is None and (folder / file).is_file():
-                name = json.loads(hub.member(folder, file).read_text()).get(key)
+                noted = json.loads(hub.member(folder, file).read_text())
+                name, revision = noted.get(key), revision or noted.get("revision")
     if not name:
         raise ValueError(f"{adapter} does not say which model it belongs to; name it with --model")
-    base, tokenizer = Source(name, asked.dtype, asked.device, asked.revision).load()
+    base, tokenizer = Source(name, asked.dtype, asked.device, revision).load()
     return CCMModel.from_pretrained(base, adapter), tokenizer
 
 

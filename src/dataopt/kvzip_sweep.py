@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .integrations.hf import KVzipCache
+from .integrations.hf import KVzipCache, decoder
 from .integrations.hf.chat import encode
 from .integrations.hf.kvzip import build
 
@@ -160,8 +159,7 @@ def step_seconds(cache: KVzipCache, steps: int = STEPS) -> float:
 
 
 def _forward(cache: KVzipCache, inputs: dict[str, Tensor]) -> Tensor:
-    name = "cache" if "cache" in inspect.signature(cache.model.forward).parameters else "past_key_values"
-    return cache.model(**inputs, **{name: cache}, use_cache=True).logits
+    return cache.model(**inputs, **decoder.cache_argument(cache.model, cache), use_cache=True).logits
 
 
 def table(rows: Sequence[Row]) -> str:

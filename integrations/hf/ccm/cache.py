@@ -241,12 +241,13 @@ class CCMCache(ReusableCache):
             ValueError: no question, or another number of questions than users.
         """
         rows = self._rows(question, input_ids, "question")
-        if input_ids is None and self._memory is None:
-            rows = [[*self._first(), *row] for row in rows]
         if self.users > 1 and len(rows) == 1:
             rows = rows * self.users
         if self.users > 1 and len(rows) != self.users:
             raise ValueError(f"{len(rows)} questions for {self.users} users; give one for each, or one")
+        if input_ids is None:
+            steps = self.steps if self.users > 1 else self.steps * len(rows)
+            rows = [[*(self._first() if t == 0 else ()), *row] for row, t in zip(rows, steps, strict=True)]
         self.restore()
         self._check_positions(int(self._start().max()) + max(map(len, rows)))
         ids, mask = self._padded(rows)
@@ -313,13 +314,23 @@ class CCMCache(ReusableCache):
         self.append(input_ids=[self._without_padding(row) for row in ids.tolist()])
 
     def _without_padding(self, row: list[int]) -> list[int]:
-        pad = decoder.pad_id(self.tokenizer)
-        while row and row[0] == pad and len(row) > 1:
-            row = row[1:]
-        end = len(row)
-        while end > 1 and row[end - 1] == pad and row[end - 2] == pad:
-            end -= 1  # where padding is the end token, one of them is the answer's
-        return row[:end]
+        """An answer as one user's alone would be: inputs() pads before it, and generate() behind its end."""
+        settings = self._base.generation_config
+        found = getattr(settings, "eos_token_id", None)
+        ends = [] if found is None else [found] if isinstance(found, int) else [*found]
+        pad = getattr(settings, "pad_token_id", None)
+        pads = set(ends[:1]) if pad is None else {pad}  # as generate() chooses
+        start, end = 0, len(row)
+        if self.users > 1:
+            before = decoder.pad_id(self.tokenizer)
+            pads.add(before)
+            while start < end - 1 and row[start] == before:
+                start += 1
+        while end > start + 1 and row[end - 1] in pads:
+            end -= 1
+        if end < len(row) and row[end] in ends and row[end - 1] not in ends:
+            end += 1  # where padding is an end token, the first of them is the answer's
+        return row[start:end]
 
     def fork(self) -> CCMCache:
         """Another cache on the same memory, for a request of its own; nothing is copied."""

@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 
+NOT_MERGED = "a conditional LoRA works on COMP tokens only and cannot be merged into the weights; keep the adapter"
 # The COMP rows of the forward pass that is running in this thread. Set anew before every attention module, so that
 # gradient checkpointing, which runs them again much later and in other threads, finds its own.
 _rows: ContextVar[Tensor | None] = ContextVar("comp_rows", default=None)
@@ -86,9 +87,7 @@ class ConditionalLora(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        raise ValueError(
-            "a conditional LoRA works on COMP tokens only and cannot be merged into the weights; keep the adapter"
-        )
+        raise ValueError(NOT_MERGED)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:

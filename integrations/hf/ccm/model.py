@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .. import decoder, hub
 from ..attention import switch_attention
 from .architecture import attention_modules, attention_targets, check_architecture, find_rotation
-from .comp_tokens import CompEmbedding, CompTokens, ParallelAttention, attach, no_rows
+from .comp_tokens import NOT_MERGED, CompEmbedding, CompTokens, ParallelAttention, attach, no_rows
 from .config import FILE, CCMConfig
 from .rows import segments_of
 
@@ -62,6 +62,9 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
         switch_attention(base)
         rotation = find_rotation(base)
         rows = _vocabulary(base)
+        targets = list(config.target_modules or attention_targets(base))
+        if not any(f".{name}".endswith(f".{t}") for name, _ in base.named_modules() for t in targets):
+            raise ValueError(f"target_modules={targets} names no layer of the model; give the ends of layers' names")
         ids = _comp_ids(base, config, vocabulary)
         embedding = base.get_input_embeddings()
         name = next(name for name, module in base.named_modules() if module is embedding)
@@ -70,7 +73,7 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             r=config.r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=list(config.target_modules or attention_targets(base)),
+            target_modules=targets,
             trainable_token_indices={name.rsplit(".", 1)[-1]: ids},
         )
         super().__init__(base, lora, ADAPTER)
@@ -91,6 +94,20 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
     def language_model(self) -> PreTrainedModel:
         """The base model with the adapter in its layers."""
         return decoder.unwrap(self)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Of PEFT, for adapters with ``conditional=False``; a conditional one is refused before anything changes."""
+        self._check_mergeable()
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`merge_and_unload`."""
+        self._check_mergeable()
+        self.base_model.merge_adapter(*args, **kwargs)
+
+    def _check_mergeable(self) -> None:
+        if self.ccm_config.conditional:
+            raise ValueError(NOT_MERGED)
 
     @property
     def comp_ids(self) -> list[int]:
@@ -144,8 +161,9 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
             segment_ids, comp_slot = segments_of(input_ids, self.comp_ids, attention_mask)
         if segment_ids is None or comp_slot is None:
             raise ValueError("segment_ids and comp_slot go together; give both or neither")
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values does not go with COMP tokens; CCMCache.append() compresses a context")
+        for name in ("past_key_values", "cache"):  # its name changed in transformers 5.24
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} does not go with COMP tokens; CCMCache.append() compresses a context")
         if labels is not None and bool(torch.isin(labels, torch.tensor(self.comp_ids, device=labels.device)).any()):
             raise ValueError("labels holds COMP ids, which are never predicted; put -100 there")
         rows = self.layout(segment_ids, comp_slot)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from .. import decoder
 from ..chat import encode
 from .comp_tokens import CompTokens, no_rows
 from .model import CCMModel
+
+_STATE = ("_slots", "_steps", "_averages", "_next", "_last", "_peak")  # beside the pairs
 
 
 class CCMStream:
@@ -121,16 +125,17 @@ class CCMStream:
         """
         ids = self._ids(text, input_ids)
         out, start = [], 0
-        while start < len(ids):
-            if self.pairs >= self.max_pairs:
-                self._compress()
-            part = ids[start : start + self.max_pairs - self.pairs]
-            logits = self._read(part)
-            before = logits.new_full((1, logits.shape[1]), torch.nan) if self._next is None else self._next.unsqueeze(0)
-            scores = torch.cat([before, logits[:-1]]).log_softmax(-1)
-            out.append(scores.gather(1, part.unsqueeze(1)).squeeze(1))
-            self._next = logits[-1]
-            start += len(part)
+        with self._whole():
+            while start < len(ids):
+                if self.pairs >= self.max_pairs:
+                    self._compress()
+                part = ids[start : start + self.max_pairs - self.pairs]
+                logits = self._read(part)
+                first = logits.new_full((logits.shape[1],), torch.nan) if self._next is None else self._next
+                scores = torch.cat([first.unsqueeze(0), logits[:-1]]).log_softmax(-1)
+                out.append(scores.gather(1, part.unsqueeze(1)).squeeze(1))
+                self._next = logits[-1]
+                start += len(part)
         return torch.cat(out)
 
     @torch.no_grad()
@@ -139,7 +144,8 @@ class CCMStream:
     ) -> Tensor:
         """Read a prompt, if there is one, and write on, beyond the limit too.
 
-        transformers' own ``generate`` runs between two compressions. Prompt and answer become part of the stream.
+        transformers' own ``generate`` runs between two compressions. Prompt and answer become part of the stream; after
+        an error neither is.
 
         Args:
             prompt, input_ids: as for :meth:`feed`; without them the text that was read goes on.
@@ -157,12 +163,16 @@ class CCMStream:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         if kwargs.get("num_beams", 1) != 1 or kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("a stream has one row: num_beams and num_return_sequences must be 1")
-        if prompt is not None or input_ids is not None:
-            self.feed(prompt, input_ids=input_ids)
-        if self._last is None:
-            raise ValueError("the stream is empty; feed it a text, or give a prompt")
+        with self._whole():
+            if prompt is not None or input_ids is not None:
+                self.feed(prompt, input_ids=input_ids)
+            if self._last is None:
+                raise ValueError("the stream is empty; feed it a text, or give a prompt")
+            return self._written(self._last, max_new_tokens, kwargs)
+
+    def _written(self, last: Tensor, max_new_tokens: int, kwargs: dict[str, Any]) -> Tensor:
         self._cache.crop(-1)  # generate() wants a token to feed
-        last, answer = self._last, self._last[:0]
+        answer = last[:0]
         config = kwargs.get("generation_config") or self._base.generation_config
         ends = kwargs.get("eos_token_id", config.eos_token_id if config is not None else None)
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -183,6 +193,19 @@ class CCMStream:
             self._compress()
         self._next = self._read(last)[-1]  # generate() does not feed its last token
         return answer
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """An error inside leaves the stream as it was: tensors are replaced, never written to."""
+        pairs = [(layer, layer.keys, layer.values, layer.is_initialized) for layer in self._layers()]
+        state = {name: value for name, value in vars(self).items() if name in _STATE}
+        try:
+            yield
+        except BaseException:
+            for layer, keys, values, begun in pairs:
+                layer.keys, layer.values, layer.is_initialized = keys, values, begun
+            vars(self).update(state)
+            raise
 
     def _ids(self, text: str | None, input_ids: Any) -> Tensor:
         if (text is None) == (input_ids is None):

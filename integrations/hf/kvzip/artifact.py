@@ -99,15 +99,13 @@ def load(
     return context
 
 
-def save_head_scores(scores: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_head_scores(scores: Tensor, model: PreTrainedModel, folder: Path) -> None:
     """Write (L, H) scores as ``head_scores.json``. It holds nothing of the document, and belongs to the model alone."""
     hub.check_folder(folder)
     _write_head_scores(scores, fingerprint.of_model(model), folder)
 
 
-def load_head_scores(
-    source: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Tensor:
+def load_head_scores(source: str | Path, model: PreTrainedModel) -> Tensor:
     """(L, H) float32 from ``head_scores.json``, given as the file, its folder or a Hub repository.
 
     Raises:

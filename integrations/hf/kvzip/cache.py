@@ -110,7 +110,7 @@ class KVzipCache(ReusableCache):
         ids = (*start, *(continued if instruction else chat.first)(tokenizer, context))
         scores = None
         if head_scores is not None:
-            scores = read_head_scores(head_scores, inner, tokenizer)
+            scores = read_head_scores(head_scores, inner)
         state = compress(inner, tokenizer, chat, ids, len(start), context, options, template_kwargs, scores)
         self._set(inner, tokenizer, chat, [state])
 
@@ -228,7 +228,7 @@ class KVzipCache(ReusableCache):
         return [*start, *self._chat.suffix, *(continued(self.tokenizer, answer_prefix) if answer_prefix else ())]
 
     def _own_rows(self, ids: Tensor) -> list[list[int]]:
-        ids = ids if ids.ndim == 2 else ids.unsqueeze(0)
+        ids = (ids if ids.ndim == 2 else ids.unsqueeze(0)).cpu()
         if ids.numel() == 0:
             raise ValueError("input_ids is empty; give the tokens of a question")
         known = self._known_ids()
@@ -430,7 +430,9 @@ class KVzipCache(ReusableCache):
         state = self._one("prune")
         if self._kept:
             raise ValueError("prune() would change the context under a kept conversation; call reset() first")
-        self._set(self.model, self.tokenizer, self._chat, [pruned(state, ratio)])
+        new = pruned(state, ratio)
+        new = replace(new, options=replace(new.options, ratio=ratio, max_tokens=None))
+        self._set(self.model, self.tokenizer, self._chat, [new])
 
     def head_scores(self) -> Tensor:
         """(L, H) float32: the largest log score of each head of the full-attention layers.
@@ -448,6 +450,11 @@ class KVzipCache(ReusableCache):
 
     # Keeping it
 
+    def _context_alone(self, what: str) -> Context:
+        if self._kept:
+            raise ValueError(f"{what}() would leave the kept conversation out; call reset() first")
+        return self._one(what)
+
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **hub_kwargs: Any) -> None:
         """Write ``kvzip-*.safetensors``, ``kvzip.json``, ``head_scores.json`` and a card. They contain the document.
 
@@ -455,10 +462,13 @@ class KVzipCache(ReusableCache):
 
         Args:
             hub_kwargs: for :meth:`push_to_hub`, with ``repo_id``.
+
+        Raises:
+            ValueError: stacked contexts, or a kept conversation.
         """
         from . import artifact
 
-        artifact.save(self._one("save_pretrained"), self.model, self.tokenizer, Path(save_directory))
+        artifact.save(self._context_alone("save_pretrained"), self.model, self.tokenizer, Path(save_directory))
         if push_to_hub:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
@@ -473,7 +483,8 @@ class KVzipCache(ReusableCache):
         """
         from . import artifact
 
-        return artifact.push(self._one("push_to_hub"), self.model, self.tokenizer, repo_id, private, token, **kwargs)
+        context = self._context_alone("push_to_hub")
+        return artifact.push(context, self.model, self.tokenizer, repo_id, private, token, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -512,7 +523,7 @@ class KVzipCache(ReusableCache):
         """Write ``head_scores.json`` alone, which does not contain the document."""
         from . import artifact
 
-        artifact.save_head_scores(self.head_scores(), self.model, self.tokenizer, Path(save_directory))
+        artifact.save_head_scores(self.head_scores(), self.model, Path(save_directory))
 
     # What generate and the model call
 

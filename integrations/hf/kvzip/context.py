@@ -153,7 +153,8 @@ def pruned(state: Context, ratio: float) -> Context:
             f"ratio={ratio} is above the present {effective_ratio(options, total)}; compress the context again"
         )
     if options.level == "head":
-        assert state.head_scores is not None
+        if state.head_scores is None:
+            raise ValueError("no scores were kept, so the ratio cannot be lowered; compress with keep_scores=True")
         lost = ~head_selection(state.head_scores, ratio)
         chosen = [_without(p, total, options.recent, heads) for p, heads in zip(packed, lost, strict=True)]
     else:
@@ -173,8 +174,7 @@ def pruned(state: Context, ratio: float) -> Context:
             chosen.append(keep)
     rest = iter([p.select(keep.to(p.keys.device)) for p, keep in zip(packed, chosen, strict=True)])
     layers = tuple(p if isinstance(p, SlidingState) else next(rest) for p in state.layers)
-    options = options if options.max_tokens is not None else replace(options, ratio=ratio)
-    return replace(state, layers=layers, options=options)
+    return replace(state, layers=layers)
 
 
 def _without(p: PackedHeads, total: int, recent: int, lost: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def joined(parts: list[Any]) -> Any:
     return SlidingState(keys, values, parts[0].window, max(p.seen for p in parts))
 
 
-def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel) -> Tensor:
     from . import artifact
 
     config = model.config.get_text_config(decoder=True)
@@ -232,7 +232,7 @@ def read_head_scores(source: Tensor | str | Path, model: PreTrainedModel, tokeni
         check_tensors(head_scores=source)
         scores = source.detach().to("cpu", torch.float32, copy=True)  # the caller's own may change later
     else:
-        scores = artifact.load_head_scores(source, model, tokenizer)
+        scores = artifact.load_head_scores(source, model)
     layers = sum(not isinstance(p, DynamicSlidingWindowLayer) for p in DynamicCache(config=config).layers)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if scores.shape != (layers, heads) or scores.isnan().any():

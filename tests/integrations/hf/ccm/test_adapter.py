@@ -131,10 +131,33 @@ def test_stock_peft_does_the_online_step(tmp_path):
 
 def test_a_conditional_adapter_cannot_be_merged():
     model = ccm()
-    with pytest.raises(ValueError, match="cannot be merged"):
-        model.merge_and_unload()
-    with pytest.raises(ValueError, match="cannot be merged"):
-        model.merge_adapter()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge()
+        after = model.state_dict()
+        assert list(after) == list(before) and all(torch.equal(t, before[name]) for name, t in after.items())
+    plain = ccm(conditional=False)
+    ids = torch.tensor([QUERY])
+    logits = plain(ids).logits
+    torch.testing.assert_close(plain.merge_and_unload()(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_not_there_leave_the_base_as_it_was():
+    base = tiny()
+    rows = len(base.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match=r"target_modules=\['q_prj'\] names no layer of the model"):
+        CCMModel(base, CCMConfig(target_modules=("q_prj",)))
+    assert len(base.get_input_embeddings().weight) == rows
+    assert CCMModel(base, CCMConfig(target_modules=("q_proj",), comp_tokens=2)).comp_ids == [rows, rows + 1]
+
+
+def test_comp_tokens_do_not_go_with_a_cache_under_either_name():
+    model = ccm()
+    ids = torch.tensor([[*QUERY, *model.comp_ids, *QUERY]])
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ValueError, match=f"{name} does not go with COMP tokens"):
+            model(input_ids=ids, **{name: DynamicCache()})
 
 
 def test_a_disabled_adapter_is_the_base_model():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from dataopt.core.tensor_file import save_tensors
 from dataopt.integrations.hf import CCMCache
+from dataopt.integrations.hf.ccm import cache as cache_module
 from safetensors.torch import load_file
 
 from ..kvzip.conftest import tiny
@@ -181,6 +182,36 @@ def test_a_kept_turn_is_the_next_context(tokenizer):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     with pytest.raises(ValueError, match="2 rows for 1 users"):
         memory.keep(torch.cat([out, out]))
+
+
+@pytest.mark.parametrize(("ends", "pad"), [(3, 3), (3, None), ([4, 3], None), (3, 5), ([4, 3], 5)])
+def test_kept_turns_of_users_who_ended_early_are_those_of_each_alone(tokenizer, ends, pad):
+    model = ccm()
+    settings = model.language_model.generation_config
+    settings.eos_token_id, settings.pad_token_id = ends, pad
+    users = [memory_of(model, tokenizer, CONTEXTS[:t]) for t in (1, 2)]
+    stacked = CCMCache.stack(users)
+    filled = pad if pad is not None else ends[0] if isinstance(ends, list) else ends
+    turns = [[*QUERY, 30, 31, 3], [*QUERY[:2], 30, 31, 32, 33, 34, 35]]
+    before = stacked.inputs(input_ids=[QUERY, QUERY[:2]])["input_ids"][:, : len(QUERY)].tolist()
+    assert before[0] == QUERY and before[1][-2:] == QUERY[:2]
+    stacked.keep(torch.tensor([[*before[0], 30, 31, 3, *[filled] * 3], [*before[1], 30, 31, 32, 33, 34, 35]]))
+    for user, turn, both in zip(users, turns, stacked.unstack(), strict=True):
+        user.keep(torch.tensor([turn]))
+        torch.testing.assert_close(both._memory.layers[-1], user._memory.layers[-1], rtol=1e-3, atol=1e-4)
+        assert user.steps == both.steps
+
+
+def test_a_stacked_user_without_contexts_is_asked_as_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr(cache_module, "first_ids", lambda tokenizer: [1])
+    model = ccm()
+    users = [memory_of(model, tokenizer, CONTEXTS[:1]), CCMCache(model, tokenizer)]
+    both = CCMCache.stack(users).inputs(["abc", "abc"])
+    for user, ids, mask in zip(users, both["input_ids"], both["attention_mask"], strict=True):
+        alone = user.inputs("abc")["input_ids"][0].tolist()
+        assert ids[mask[-len(ids) :] == 1].tolist() == alone
+        assert (alone[0] == 1) == (user is users[1])
+    assert users[1].inputs(["a", "b"])["input_ids"][:, 0].tolist() == [1, 1]
 
 
 def test_texts_are_tokens_and_the_first_begins_with_the_first_token(tokenizer):

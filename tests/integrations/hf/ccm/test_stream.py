@@ -161,6 +161,44 @@ def test_generation_stops_at_the_end_token():
     assert stopped.tolist() == first[: first.tolist().index(end) + 1].tolist()
 
 
+def test_an_error_leaves_the_stream_as_it_was(monkeypatch):
+    model = ccm(comp_tokens=2, changes={"num_hidden_layers": 1})
+    stream, other = CCMStream(model, **SIZES), CCMStream(model, **SIZES)
+    for each in (stream, other):
+        each.feed(input_ids=text(30))
+    base, calls = model.language_model, []
+    generate, compress = base.generate, CCMStream._compress
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # in the midst of the answer
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(base, "generate", stopped)
+        stream.generate(input_ids=text(8, 1), max_new_tokens=60, do_sample=False)
+    with pytest.raises(ValueError, match="nonsense"):
+        stream.generate(input_ids=text(8, 1), nonsense=1)
+
+    def failing(self):
+        compress(self)
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(CCMStream, "_compress", failing)
+        stream.feed(input_ids=text(40, 2))
+    assert (stream.pairs, stream.steps, stream.peak_pairs) == (other.pairs, other.steps, other.peak_pairs)
+    more = text(20, 3)
+    assert torch.equal(stream.feed(input_ids=more), other.feed(input_ids=more))
+    empty = CCMStream(model, **SIZES)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(CCMStream, "_compress", failing)
+        empty.feed(input_ids=text(40, 2))
+    fresh = CCMStream(model, **SIZES)
+    assert torch.equal(empty.feed(input_ids=more)[1:], fresh.feed(input_ids=more)[1:])
+
+
 def test_bad_sizes_and_models_are_refused(tokenizer):
     model = ccm(comp_tokens=2)
     for wrong, says in (

@@ -384,13 +384,20 @@ def test_keep_needs_one_answer(model, cache):
         cache.keep(out)
 
 
-def test_a_kept_conversation_stands_in_the_way(model, tokenizer):
+def test_a_kept_conversation_stands_in_the_way(model, tokenizer, tmp_path):
     cache = KVzipCache(model, tokenizer, CONTEXT, ratio=0.5, keep_scores=True)
     out = model.generate(**cache.inputs(QUESTION), past_key_values=cache, **GREEDY)
     cache.keep(out)
-    for change in (lambda: cache.prune(0.2), lambda: cache.extend("More."), lambda: KVzipCache.stack([cache, cache])):
+    for change in (
+        lambda: cache.prune(0.2),
+        lambda: cache.extend("More."),
+        lambda: KVzipCache.stack([cache, cache]),
+        lambda: cache.save_pretrained(tmp_path),
+        lambda: cache.push_to_hub("me/cache"),
+    ):
         with pytest.raises(ValueError, match=r"kept conversation.*call reset\(\)"):
             change()
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"kept conversation cannot be given as messages; use inputs\(question\)"):
         cache.messages(QUESTION)
     cache.reset()
@@ -406,6 +413,15 @@ def test_prune(model, tokenizer, cache):
         kept.prune(0.7)
     with pytest.raises(ValueError, match=r"ratio=0 must be above 0"):
         kept.prune(0)
+
+    heads = KVzipCache(model, tokenizer, CONTEXT, ratio=1.0, level="head")
+    with pytest.raises(ValueError, match=r"no scores were kept.*compress with keep_scores=True"):
+        heads.prune(0.6)
+    tokens = KVzipCache(model, tokenizer, CONTEXT, max_tokens=40, keep_scores=True)
+    tokens.prune(0.1)
+    assert (tokens.options.ratio, tokens.options.max_tokens) == (0.1, None)
+    with pytest.raises(ValueError, match=r"ratio=0.12 is above the present 0.1; compress the context again"):
+        tokens.prune(0.12)
 
 
 def test_extend(model, tokenizer, cache):
