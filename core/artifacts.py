@@ -18,6 +18,8 @@ except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment]
 
 _STALE = 24 * 3600.0  # seconds after which nobody is at work on a temporary file any more
+_UMASK = os.umask(0o077)  # the only way to read it is to set it
+os.umask(_UMASK)
 _held: dict[tuple[int, int], int] = {}  # files that this process holds, and their handles
 
 
@@ -41,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
+        temporary.chmod(_mode(path))  # mkstemp's files are for their owner alone
         temporary.replace(path)
     except BaseException as e:
         if temporary is not None:
@@ -51,6 +53,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from e
+
+
+def _mode(path: Path) -> int:
+    """Permissions of the file that is replaced, or of a new one as open() would make it."""
+    try:
+        return path.stat().st_mode & 0o777
+    except OSError:
+        return 0o666 & ~_UMASK
 
 
 def _sweep(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dataopt.core.arguments import check_channels, check_choice
+from dataopt.core.arguments import check_channels, check_choice, check_numbers, check_whole
 from dataopt.core.extras import optional
 from dataopt.core.mixup import CoMixed, CoMixup, CutMix, Mixed, PuzzleMix, augmix, clean_loss, input_gradient, saliency
 from dataopt.core.mixup.adversarial import normalise, unnormalise
@@ -97,6 +97,11 @@ class Mixing:
     ):
         if not isinstance(mix, PuzzleMix | CoMixup):
             raise TypeError(f"mix is a {type(mix).__name__}; give a PuzzleMix or a CoMixup of dataopt.core.mixup")
+        check_numbers(
+            prob=prob, cutmix_alpha=cutmix_alpha, switch_prob=switch_prob, off_epoch=off_epoch,
+            clean_weight=clean_weight, saliency_resolution=saliency_resolution,
+        )  # fmt: skip
+        check_whole(seed=seed)
         for name, value in (("prob", prob), ("switch_prob", switch_prob)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} must lie in [0, 1]")

@@ -198,7 +198,7 @@ class CoMixup:
         starts = range(0, len(x), self.partition)
         # one generator each, so that restarts in one partition leave the others' draws alone
         rngs = draw_rng(generator).spawn(len(starts))
-        pooled = pool(s, cells).flatten(1).double().cpu().numpy()
+        pooled = pool(s, cells).flatten(1).cpu().double().numpy()
         objects = salient_places(s)
         first, second, total, gap = [], [], 0.0, 0.0
         for start, rng in zip(starts, rngs, strict=True):

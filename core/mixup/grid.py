@@ -71,6 +71,11 @@ def pool(s: Tensor, grid: Grid) -> Tensor:
     return p / p.sum((1, 2), keepdim=True)
 
 
+def in_double(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
 def binomial_prior(lam: Tensor, labels: int) -> Tensor:
     """-log p(t) for t = 0..m, t ~ Binomial(m, lam), as thesis 3.4.1: (B,) to (B, m + 1).
 
@@ -149,14 +154,15 @@ def mask_costs(
         distances: what :func:`region_distances` gives, or None for gamma = 0.
     """
     rows, cols = first.shape[1:]
-    first, second = first.double(), second.double()
+    first, second = in_double(first), in_double(second)
+    lam = lam.to(first.device)
     w_down = torch.full_like(first[:, 1:], beta / (16 * cols))
     w_right = torch.full_like(first[:, :, 1:], beta / (16 * rows))
     show_second, show_first = first.clone(), second.clone()  # showing one hides the other's saliency
     if distances is not None:
         for d, w, upper, lower in (
-            (distances[0].double(), w_down, np.s_[:, :-1], np.s_[:, 1:]),
-            (distances[1].double(), w_right, np.s_[:, :, :-1], np.s_[:, :, 1:]),
+            (in_double(distances[0]), w_down, np.s_[:, :-1], np.s_[:, 1:]),
+            (in_double(distances[1]), w_right, np.s_[:, :, :-1], np.s_[:, :, 1:]),
         ):
             g = gamma * w  # before kappa is added to w
             d00, d01, d10, d11 = (d[:, a, c] for a in (0, 1) for c in (0, 1))

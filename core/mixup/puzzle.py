@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import check_channels, check_choice, check_numbers, check_strings, check_whole
 from .adversarial import Adversarial, Noise, unnormalise
-from .grid import Grid, as_image, mask_costs, pool, region_distances, resolve_grid
+from .grid import Grid, as_image, in_double, mask_costs, pool, region_distances, resolve_grid
 from .labelling import check_solver, solve_mask
 from .mixed import Mixed, Moves, blend, check_constructor, draw_rng, one_hot, resolve_lam, resolve_partner
 from .saliency import check_batch, check_saliency
@@ -184,7 +184,7 @@ class PuzzleMix:
         costs = mask_costs(
             pooled,
             pooled[partner],
-            share.to(x.device),
+            share,
             self._distances(image, partner, cells),
             labels=self.labels,
             beta=self.beta,
@@ -195,12 +195,13 @@ class PuzzleMix:
         chosen = solve_mask(costs, self.solver)
         coarse = torch.from_numpy(chosen).to(x.device, torch.float32) / (self.labels - 1)
         mask = F.interpolate(coarse.unsqueeze(1), size=image.shape[2:], mode="nearest").squeeze(1)
-        ratio = coarse.mean((1, 2), dtype=torch.float64).float().unsqueeze(1)
+        ratio = in_double(coarse).mean((1, 2)).float().to(x.device).unsqueeze(1)
         targets = labels * ratio + labels[partner] * (1 - ratio)
         moves = self._transport(chosen, s, partner, cells)
 
         first, second = image, image[partner]
         if noise is not None and gradient is not None and self.adversarial is not None:
+            noise = Noise(noise.on, None if noise.kappa is None else as_image(noise.kappa))
             first, second = self.adversarial.finish(first, second, partner, noise, as_image(gradient), rng)
         out = blend(first, second, mask, moves)
         if x.ndim == 3:
@@ -238,7 +239,7 @@ class PuzzleMix:
             rows, cols = height // patch[0], width // patch[1]
             chosen = chosen.repeat(rows // cells[0], 1).repeat(cols // cells[1], 2)
         pooled = pool(s, (rows, cols))
-        weight = torch.stack([pooled, pooled[partner]]).double().cpu().numpy()
+        weight = torch.stack([pooled, pooled[partner]]).cpu().double().numpy()
         m = self.labels - 1
         out = []
         for w, shown in zip(weight, (chosen > 0, chosen < m), strict=True):

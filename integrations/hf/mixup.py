@@ -283,7 +283,8 @@ def build_mixing(
         for name, value in wanted.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name}={settings[name]} does not go with text; leave it at {value}")
-        if not all(isinstance(grid, int) for grid in settings.get("grids", ())):
+        grids = settings.get("grids", ())
+        if not isinstance(grids, list | tuple) or not all(isinstance(grid, int) for grid in grids):
             raise ValueError(f"grids={settings['grids']} must be whole numbers for text, parts of a sequence")
     mix = method(num_classes, **{name: value for name, value in settings.items() if name in core})
     return Mixing(mix, **{name: value for name, value in settings.items() if name in own})
@@ -310,4 +311,5 @@ class _Checkpoint(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_whole(folder / _FILE, json.dumps(self.mixing.state_dict()))
+            if folder.is_dir():  # a hyperparameter search has them in folders of its runs
+                write_whole(folder / _FILE, json.dumps(self.mixing.state_dict()))

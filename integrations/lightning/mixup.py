@@ -314,7 +314,10 @@ def _entry(batch: Any, key: int | str) -> Tensor:
     if isinstance(batch, Mapping):
         found, has = batch.get(key), f"the keys {list(batch)}"
     elif isinstance(batch, tuple | list):
-        found, has = batch[key] if isinstance(key, int) and key < len(batch) else None, f"{len(batch)} entries"
+        found, has = (
+            batch[key] if isinstance(key, int) and -len(batch) <= key < len(batch) else None,
+            f"{len(batch)} entries",
+        )
     else:
         found, has = None, "neither entries nor keys"
     if not isinstance(found, Tensor):
@@ -327,5 +330,6 @@ def _entry(batch: Any, key: int | str) -> Tensor:
 def _replaced(batch: Any, values: dict[int | str, Tensor]) -> Any:
     if isinstance(batch, Mapping):
         return {**batch, **values}
+    values = {key % len(batch) if isinstance(key, int) else key: value for key, value in values.items()}
     new = [values.get(place, entry) for place, entry in enumerate(batch)]
     return type(batch)(*new) if hasattr(batch, "_fields") else type(batch)(new)

@@ -85,7 +85,9 @@ def main(argv: list[str]) -> None:
         trim(summary, start)
     accelerator.wait_for_everyone()
     updates = -(-len(train_loader) // args.grad_accum_steps)
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args, decreasing_metric=not args.val_split), updates_per_epoch=updates
+    )
     if scheduler is not None and start:
         scheduler.step(start)
 
@@ -168,7 +170,7 @@ def validate(task: Any, loader: Any, args: argparse.Namespace, accelerator: Any,
 
 
 def _loaders(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) -> tuple[Any, Any]:
-    mixup = args.mixup if isinstance(args.mixup, float) else None  # None: a method of ours, in the task
+    mixup = None if args.mixup in METHODS else float(args.mixup)  # None: in the task; a YAML file may hold an int
     collate = None
     if mixup is not None and (mixup > 0 or args.cutmix > 0):
         collate = FastCollateMixup(
@@ -203,7 +205,8 @@ def _loaders(args: argparse.Namespace, config: dict[str, Any], accelerator: Any)
         loaders.append(create_loader(
             dataset, config["input_size"], (not training and args.validation_batch_size) or args.batch_size,
             is_training=training, mean=config["mean"], std=config["std"], num_workers=args.workers,
-            distributed=accelerator.num_processes > 1, pin_memory=args.pin_mem, device=accelerator.device, **augment,
+            distributed=accelerator.num_processes > 1, pin_memory=args.pin_mem, device=accelerator.device,
+            persistent_workers=not training, **augment,  # new ones see each epoch's seed and whether mixup is off
         ))  # fmt: skip
     return loaders[0], loaders[1]
 

@@ -176,7 +176,7 @@ def puzzle_mix(args: argparse.Namespace, mean: Sequence[float], std: Sequence[fl
         gamma=args.puzzle_gamma,
         eta=args.puzzle_eta,
         labels=args.puzzle_labels,
-        grids=[tuple(g) if isinstance(g, list) else g for g in args.puzzle_grids],  # YAML has no tuples
+        grids=_grids(args.puzzle_grids),
         neigh_size=args.puzzle_neigh_size,
         data_term=args.puzzle_data_term,
         transport=None if args.puzzle_transport == "none" else args.puzzle_transport,
@@ -239,7 +239,7 @@ def check_options(args: argparse.Namespace, method: str) -> None:
     trial = argparse.Namespace(**{**vars(args), "num_classes": args.num_classes or 1})
     try:
         BatchMixer(**task_settings(trial, None, args.cutmix, method))
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         stop(f"--mixup {method}: {e}")
 
 
@@ -247,6 +247,12 @@ def _per_channel(values: Sequence[float], channels: int) -> list[float]:
     """As timm's loader does where a model's statistics have other channels: their average."""
     values = [float(v) for v in values]
     return values if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def _grids(given: Any) -> list[Any]:
+    """Of the command line a list; of YAML also one grid alone, lists for tuples, or texts such as 2x4."""
+    several = list(given) if isinstance(given, list) else [given]
+    return [_grid(g) if isinstance(g, str) else tuple(g) if isinstance(g, list) else g for g in several]
 
 
 def _grid(text: str) -> int | tuple[int, int]:

@@ -41,7 +41,7 @@ def make_saver(
     """The saver of a folder, which is this process' until it ends; ``saved`` goes into its ``args.yaml``.
 
     Raises:
-        SystemExit: a run that is not resumed lies there, or another process is at work there.
+        SystemExit: a run lies there that is not the one resumed, or another process is at work there.
     """
     about, last = Path(folder, "args.yaml"), os.path.join(folder, "last.pth.tar")
     used = f"--output {folder} is in use by another dataopt train; give another --experiment"
@@ -52,7 +52,8 @@ def make_saver(
         to_resume = "last.pth.tar" in there
         # in its first epoch
         killed = not to_resume and (there <= {"args.yaml", "summary.csv"} or "tmp.pth.tar" in there)
-        if there and not killed and not args.resume:
+        same = bool(args.resume) and os.path.dirname(os.path.realpath(args.resume)) == os.path.realpath(folder)
+        if there and not killed and not same:
             remedy = f", or --resume {last}" if to_resume else ""
             stop(f"--output {folder} is not empty; give another --experiment{remedy}")
         saver = Saver(
@@ -60,7 +61,7 @@ def make_saver(
             checkpoint_dir=folder, recovery_dir=folder, decreasing=not args.val_split,
             max_history=args.checkpoint_hist,
         )  # fmt: skip
-        if args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(folder):
+        if same:
             saver.load_state_dict_from_checkpoint(args.resume)
         write_whole(about, yaml.safe_dump(vars(saved)))
         if not hold(about):

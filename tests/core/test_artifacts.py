@@ -13,7 +13,12 @@ def test_writes_text_and_bytes_and_makes_folders(tmp_path):
     write_whole(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
     assert os.listdir(path.parent) == ["b.txt"]
-    assert path.stat().st_mode & 0o777 == 0o644
+    plain = tmp_path / "plain"
+    plain.touch()  # as open() makes files, whatever the umask
+    assert path.stat().st_mode & 0o777 == plain.stat().st_mode & 0o777
+    path.chmod(0o600)
+    write_whole(path, "private")
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_whoever_has_the_old_file_open_keeps_it_whole(tmp_path):

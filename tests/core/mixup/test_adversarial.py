@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dataopt.core.mixup import Adversarial, PuzzleMix
+from dataopt.core.mixup.adversarial import Noise
 
 from .conftest import smooth_saliency
 
@@ -85,6 +86,21 @@ def test_decay_scales_by_one_draw_per_batch(x):
     only_first = (m.mask == 1).unsqueeze(1) & inside
     delta = ((pixels(m.inputs) - pixels(plain.inputs)) / full)[only_first]
     assert delta.max() - delta.min() < 1e-3 and 0 < delta.mean() < 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sequences_are_perturbed_as_images_of_one_row(channels):
+    x = torch.rand(6, channels, 32, generator=seeded(0))
+    saliency, gradient = torch.rand(6, 32, generator=seeded(1)), torch.randn(x.shape, generator=seeded(2))
+    mix = PuzzleMix(6, adversarial=Adversarial(1.0, EPS, STEP), transport=None, gamma=0.0)
+    _, noise = mix.adversarial.start(x, seeded(3))
+    found = mix(x, torch.arange(6), saliency, noise=noise, gradient=gradient, generator=seeded(4), grid=(1, 4))
+    image = Noise(noise.on, noise.kappa.unsqueeze(2))
+    wide = mix(
+        x.unsqueeze(2), torch.arange(6), saliency.unsqueeze(1), noise=image, gradient=gradient.unsqueeze(2),
+        generator=seeded(4), grid=(1, 4),
+    )  # fmt: skip
+    assert found.inputs.shape == x.shape and torch.equal(found.inputs, wide.inputs.squeeze(2))
 
 
 @pytest.mark.parametrize(("name", "value"), [("p", 1.5), ("eps", -0.1), ("step", -1.0)])

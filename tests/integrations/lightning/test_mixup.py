@@ -144,6 +144,17 @@ def test_hooks_of_a_data_module_run_first_and_dicts_are_batches(tmp_path):
     assert "on_after_batch_transfer" not in vars(source)
 
 
+def test_entries_are_counted_from_the_end_too(tmp_path):
+    found = [
+        fit(tmp_path / str(i), PuzzleMixCallback(CLASSES, **keys)).seen
+        for i, keys in enumerate(({}, {"input_key": -2, "target_key": -1}))
+    ]
+    for (x, y, _), (other_x, other_y, _) in zip(*found, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y) and y.is_floating_point()
+    with pytest.raises(TypeError, match="holds no tensor at -3"):
+        fit(tmp_path, PuzzleMixCallback(CLASSES, target_key=-3))
+
+
 def test_probability_switch_off_epoch_and_cutmix(tmp_path):
     settings = dict(prob=0.5, cutmix_alpha=1.0, switch_prob=0.5, off_epoch=6)
     module = fit(tmp_path, PuzzleMixCallback(CLASSES, **settings), epochs=7)

@@ -13,6 +13,7 @@ import yaml
 from dataopt.core.mixup import augmix
 from dataopt.integrations.mixing import batch_generator
 from dataopt.integrations.timm import loop
+from dataopt.integrations.timm.options import _grids
 from dataopt.integrations.timm.task import PuzzleMixTask
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask
@@ -147,7 +148,8 @@ def test_a_run_that_dies_while_saving_leaves_the_last_checkpoint_whole(train, mo
     assert torch.load(folder / "last.pth.tar", weights_only=False)["epoch"] == 0
 
 
-def test_timms_own_mixup_stays_timms(train, steps):
+@pytest.mark.parametrize("workers", [0, 1])  # a worker has the loader's collate function to itself
+def test_timms_own_mixup_stays_timms(train, steps, workers):
     seen = []
 
     def watch(module, inputs, result):
@@ -156,7 +158,7 @@ def test_timms_own_mixup_stays_timms(train, steps):
 
     handle = torch.nn.modules.module.register_module_forward_hook(watch)
     try:
-        train("--mixup", 0.2, "--epochs", 2, "--mixup-off-epoch", 1, "--smoothing", 0.0)
+        train("--mixup", 0.2, "--epochs", 2, "--mixup-off-epoch", 1, "--smoothing", 0.0, "--workers", workers)
     finally:
         handle.remove()
     assert not steps
@@ -164,6 +166,24 @@ def test_timms_own_mixup_stays_timms(train, steps):
     targets = [t for _, t in seen]
     assert all(t.shape == (8, 4) for t in targets)  # soft, from timm's collate
     assert [bool(((t > 0) & (t < 1)).any()) for t in targets] == [True, True, False, False]
+
+
+def test_a_whole_number_in_a_config_file_is_timms_mixup_too(train, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("mixup: 1\nsmoothing: 0.0\n")
+    folder = train("-c", config)
+    again = train("--mixup", 1.0, "--smoothing", 0.0, experiment="again")
+    assert same(weights(folder), weights(again))
+
+
+@pytest.mark.parametrize(("split", "mode"), [("", "min"), ("validation", "max")])
+def test_the_plateau_schedule_knows_which_way_its_metric_goes(train, monkeypatch, split, mode):
+    made, create = [], loop.create_scheduler_v2
+    monkeypatch.setattr(
+        loop, "create_scheduler_v2", lambda *args, **kwargs: made.append(kwargs) or create(*args, **kwargs)
+    )
+    train(*PUZZLE, "--sched", "plateau", "--val-split", split)
+    assert [kwargs["plateau_mode"] for kwargs in made] == [mode]
 
 
 def test_training_learns(train):
@@ -188,6 +208,8 @@ def test_a_config_file_gives_defaults(train, steps, tmp_path):
     config.write_text(yaml.safe_dump({"mixup": "puzzle", "smoothing": 0.3, "puzzle_beta": 0.5, "lr": "1e-2"}))
     folder = train("-c", config, "--smoothing", 0.0)
     assert steps[0]["task"].mixer.mix.beta == 0.5 and steps[0]["task"].mixer.smoothing == 0.0
+    for given, grids in ((8, (8,)), ("2x4", ((2, 4),)), ([2, "4x8"], (2, (4, 8))), ([[2, 4], 4], ((2, 4), 4))):
+        assert tuple(_grids(given)) == grids
     assert yaml.safe_load((folder / "args.yaml").read_text())["lr"] == 0.05  # the command line's
     again = train("-c", folder / "args.yaml", experiment="again")
     assert same(weights(folder), weights(again))
@@ -235,6 +257,10 @@ def test_a_folder_with_a_run_in_it_is_not_written_over(train, capsys):
     before = (folder / "summary.csv").read_text()
     with pytest.raises(SystemExit):
         train(*PUZZLE)
+    assert "is not empty; give another --experiment, or --resume" in capsys.readouterr().err
+    other = train(*PUZZLE, experiment="other")
+    with pytest.raises(SystemExit):
+        train(*PUZZLE, "--epochs", 2, "--resume", other / "last.pth.tar")
     assert "is not empty; give another --experiment, or --resume" in capsys.readouterr().err
     assert (folder / "summary.csv").read_text() == before
 
