@@ -97,17 +97,16 @@ class CCMModel(PeftModelForCausalLM):  # type: ignore[misc]
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
         """Of PEFT, for adapters with ``conditional=False``; a conditional one is refused before anything changes."""
-        self._check_mergeable()
-        return self.base_model.merge_and_unload(*args, **kwargs)
+        return self._mergeable().merge_and_unload(*args, **kwargs)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As :meth:`merge_and_unload`."""
-        self._check_mergeable()
-        self.base_model.merge_adapter(*args, **kwargs)
+        self._mergeable().merge_adapter(*args, **kwargs)
 
-    def _check_mergeable(self) -> None:
+    def _mergeable(self) -> Any:
         if self.ccm_config.conditional:
             raise ValueError(NOT_MERGED)
+        return self.base_model
 
     @property
     def comp_ids(self) -> list[int]:
