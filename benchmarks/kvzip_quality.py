@@ -348,7 +348,7 @@ def main() -> None:
     kind, seeds, ratios = "lines", SEEDS, FEW
     if args.quick:
         kind, seeds, ratios = "short lines", (0,), (0.3,)
-        plan = [(kind, 0, m, ratios) for m in ("full", "KVzip", "KVzip, heads + 128 recent", "PyramidKV-like")]
+        plan = [(kind, 0, m, ratios) for m in ("full", "KVzip", "PyramidKV-like")]
     settings = {
         "seeds": SEEDS, "ratios": RATIOS, "few": FEW, "texts": TEXTS, "tokens": TOKENS, "lines": LINES,
         "codes": task.CODES, "personas": task.PERSONAS,

@@ -25,15 +25,16 @@ class Walk:
 
     Args:
         out: folder for pictures and files.
-        quick: one seed, and fewer sizes of the text's cache.
-        epochs: of the trainings on images.
+        quick: one seed, half the epochs, and fewer sizes of the text's cache.
+        epochs: of the trainings on images; None is 20, or 10.
         ccm_steps: of the conversation's two trainings.
     """
 
     def __init__(
-        self, out: Path, quick: bool = False, epochs: int = mixing.EPOCHS, ccm_steps: dict[str, int] = ccm.STEPS
+        self, out: Path, quick: bool = False, epochs: int | None = None, ccm_steps: dict[str, int] = ccm.STEPS
     ) -> None:
-        self.out, self.quick, self.epochs, self.ccm_steps = out, quick, epochs, ccm_steps
+        self.out, self.quick, self.ccm_steps = out, quick, ccm_steps
+        self.epochs = epochs or mixing.EPOCHS // (2 if quick else 1)
         self.seeds = range(1 if quick else SEEDS)
 
     @cached_property
