@@ -1,4 +1,8 @@
-"""Run every Python block of the README and of the pages in docs/; start every test from the same seeds and log."""
+"""Run every Python block of the README and of the pages in docs/; start every test from the same seeds and log.
+
+Long files come first, so that no process is left alone with one at the end; pytest-xdist would begin with those of many
+tests.
+"""
 
 import logging
 import random
@@ -11,6 +15,17 @@ from sybil.parsers.myst import PythonCodeBlockParser
 
 pytest_plugins = ["tests.compatibility"]
 pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"]).pytest()
+
+
+LONG = ("test_benchmarks.py", "test_demo.py", "test_survival.py", "test_ccm_cli.py", "test_cli.py", "test_kvzip_cli.py")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.hookimpl(tryfirst=True)
